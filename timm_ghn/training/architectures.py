@@ -1,0 +1,129 @@
+"""A million architectures by index, none of them stored.
+
+`architecture(source, split, index)` is a pure function: the same arguments give the same network on every machine, in
+microseconds, because only a small configuration is drawn; `Architecture.build` then makes the module. Splits cannot
+overlap: a hash of its configuration decides which of train, val and test a network belongs to, and draws that belong
+elsewhere are skipped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from timm_ghn.training.sampling import Config, Cost, Draw, Family
+from timm_ghn.training.timm_families import TIMM_FAMILIES
+
+FAMILIES: dict[str, dict[str, Family]] = {
+    "timm": {family.name: family for family in TIMM_FAMILIES},
+}
+
+SPLITS: dict[str, dict[str, int]] = {
+    "timm": {"train": 1_000_000, "val": 500, "test": 500},
+}
+
+# Enough that even a family that seldom fits the limits is found, few enough that impossible limits end soon.
+_MAX_DRAWS = 20_000
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A network's description.
+
+    Attributes:
+        source: "timm" or "deepnets".
+        family: Name of the family, a key of `FAMILIES[source]`.
+        config: Its configuration: numbers, strings, lists and dicts only.
+    """
+
+    source: str
+    family: str
+    config: Config
+
+    @property
+    def key(self) -> str:
+        """Sixteen hexadecimal digits that identify the network."""
+        text = json.dumps([self.source, self.family, self.config], sort_keys=True, separators=(",", ":"))
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def build(self, num_classes: int, in_chans: int = 3, image_size: int = 32) -> nn.Module:
+        """A fresh module, on whatever device context is active.
+
+        Args:
+            num_classes: Outputs of the classifier.
+            in_chans: Input channels.
+            image_size: Side of the square input; networks with a fixed number of tokens depend on it.
+        """
+        return FAMILIES[self.source][self.family].build(self.config, num_classes, in_chans, image_size)
+
+    def cost(self, num_classes: int = 10, in_chans: int = 3, image_size: int = 32) -> Cost:
+        """Multiply-accumulates of one image and number of parameters, without building the network."""
+        return FAMILIES[self.source][self.family].cost(self.config, num_classes, in_chans, image_size)
+
+
+def families(source: str, max_tier: int = 2) -> tuple[str, ...]:
+    """Names of a source's families up to a difficulty tier."""
+    return tuple(family.name for family in FAMILIES[source].values() if family.tier <= max_tier)
+
+
+def architecture(
+    source: str,
+    split: str,
+    index: int,
+    *,
+    families: Sequence[str] | None = None,
+    max_macs: int = 25_000_000,
+    max_params: int = 10_000_000,
+    image_size: int = 32,
+) -> Architecture:
+    """The architecture at a place of a split.
+
+    Args:
+        source: "timm" or "deepnets".
+        split: A key of `SPLITS[source]`.
+        index: 0 to the split's length - 1.
+        families: Families to draw from, each as likely as it is often named; all of the source's by default.
+        max_macs: Upper limit for the multiply-accumulates of one image; costlier draws are skipped.
+        max_params: Upper limit for the number of parameters, likewise.
+        image_size: Side of the image that the limits are meant for.
+
+    Raises:
+        ValueError: Unknown source, split or family, index outside the split, or limits that nothing meets.
+    """
+    if source not in FAMILIES:
+        raise ValueError(f"Unknown architecture source {source!r}; choose from {', '.join(FAMILIES)}.")
+    if split not in SPLITS[source]:
+        raise ValueError(f"Source {source!r} has no split {split!r}; choose from {', '.join(SPLITS[source])}.")
+    if not 0 <= index < SPLITS[source][split]:
+        raise ValueError(f"Index {index} is outside split {split!r} of {SPLITS[source][split]} architectures.")
+    names = tuple(FAMILIES[source]) if families is None else tuple(families)
+    unknown = sorted(set(names) - set(FAMILIES[source]))
+    if unknown or not names:
+        raise ValueError(f"Families {unknown} are not among source {source!r}'s: {', '.join(FAMILIES[source])}.")
+
+    draw = Draw(source, split, index)
+    family = FAMILIES[source][draw.choice(names)]
+    for _ in range(_MAX_DRAWS):
+        config = family.sample(draw)
+        candidate = Architecture(source, family.name, config)
+        if _owner(candidate) != split:
+            continue
+        cost = family.cost(config, 10, 3, image_size)
+        if cost.macs <= max_macs and cost.params <= max_params:
+            return candidate
+    raise ValueError(
+        f"No {family.name!r} network within {max_macs:,} multiply-accumulates and {max_params:,} parameters at "
+        f"{image_size}x{image_size}; raise the limits or leave the family out."
+    )
+
+
+def _owner(candidate: Architecture) -> str:
+    """The split that a network belongs to: one in sixteen to val, one to test, the others to train."""
+    return {"0": "val", "1": "test"}.get(candidate.key[0], "train")

@@ -1,0 +1,96 @@
+"""What both architecture sources are made of: reproducible draws, cost accounting, and the description of a family."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torch import nn
+
+Config = dict[str, Any]
+T = TypeVar("T")
+
+
+class Draw:
+    """A stream of random choices that is a pure function of its key.
+
+    Every choice goes through `random.Random.random`, the one method whose sequence Python promises to keep between
+    versions, so that an index means the same architecture everywhere.
+    """
+
+    def __init__(self, *key: object) -> None:
+        digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+        self._random = random.Random(int.from_bytes(digest, "little")).random
+
+    def choice(self, options: Sequence[T]) -> T:
+        return options[int(self._random() * len(options))]
+
+    def chance(self, probability: float) -> bool:
+        return self._random() < probability
+
+    def between(self, low: int, high: int, step: int = 1) -> int:
+        """An integer of low, low + step, … up to and including high."""
+        return low + step * int(self._random() * ((high - low) // step + 1))
+
+    def uniform(self, low: float, high: float) -> float:
+        """A float with three decimals, so that it survives JSON unchanged."""
+        return round(low + (high - low) * self._random(), 3)
+
+
+@dataclass
+class Cost:
+    """Multiply-accumulates of one image, and parameters, added up layer by layer."""
+
+    macs: int = 0
+    params: int = 0
+
+    def conv(
+        self,
+        cin: int,
+        cout: int,
+        kernel: int,
+        positions: int,
+        *,
+        groups: int = 1,
+        bias: bool = False,
+        norm: bool = False,
+    ) -> None:
+        """A convolution (kernel 1: a linear layer) evaluated at `positions` places, with its bias and norm."""
+        weights = cin // groups * cout * kernel * kernel
+        self.macs += weights * positions
+        self.params += weights + cout * (int(bias) + 2 * int(norm))
+
+    def attention(self, dim: int, tokens: int, windows: int = 1) -> None:
+        """The two products of self-attention, over `windows` separate groups of tokens."""
+        self.macs += 2 * dim * tokens * tokens * windows
+
+    def vector(self, *elements: int) -> None:
+        """Parameters that cost no multiplications worth counting: norms, scales, tokens."""
+        self.params += sum(elements)
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of network.
+
+    Attributes:
+        name: What `Architecture.family` says.
+        tier: Difficulty for a hypernetwork, from 0 (plain and residual) to 2 (attention and token mixing).
+        sample: Draws a configuration of plain numbers, strings, lists and dicts.
+        build: (config, num_classes, in_chans, image_size) to a fresh module.
+        cost: (config, num_classes, in_chans, image_size) to its `Cost`, without building anything.
+    """
+
+    name: str
+    tier: int
+    sample: Callable[[Draw], Config]
+    build: Callable[[Config, int, int, int], nn.Module] = field(repr=False)
+    cost: Callable[[Config, int, int, int], Cost] = field(repr=False)
+
+
+def halve(size: int) -> int:
+    """Side of a feature map after a padded stride-2 layer."""
+    return (size + 1) // 2
