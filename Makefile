@@ -1,0 +1,24 @@
+# Both targets need nothing but python3 with pip: they make .venv, install the package into it, and run.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Real images for the demo, if there are any: a parquet file in the schema of the Hub's uoft-cs/cifar10.
+CIFAR10 ?= $(wildcard ../shared/data/cifar10-train.parquet)
+
+.PHONY: demo test clean
+
+demo: $(VENV)/.installed
+	$(BIN)/timm-ghn demo $(if $(CIFAR10),--cifar10 $(CIFAR10))
+
+test: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[test,train]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
