@@ -227,7 +227,6 @@ def _gated_gnn(
         gates += gru_b_ih
         table = sweep.sent.view(-1, d)
         reset, update = sweep.reset_update.split(d, 1)
-        messages: list[Tensor] = []
         parts = (gates, gates[:, : 2 * d], gates[:, 2 * d :], *sweep, reset, update, states)
         views = list(zip(*(part.split(sizes) for part in parts), strict=True))
         for level in schedule:

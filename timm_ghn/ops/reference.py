@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_ghn.ops.topology import MAX_DISTANCE
+from timm_ghn.graph.shortest_paths import MAX_DISTANCE
 
 
 def gated_gnn_reference(

@@ -8,8 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-MAX_DISTANCE = 50
-"""Virtual edges longer than this carry no message."""
+from timm_ghn.graph.shortest_paths import MAX_DISTANCE
 
 
 @dataclass(frozen=True)
