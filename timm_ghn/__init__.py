@@ -1,0 +1,1 @@
+"""Predicted parameters for every architecture in timm."""

@@ -1,0 +1,486 @@
+"""Tracing: autograd's record of a forward pass, contracted to the primitives of DeepNets-1M.
+
+The conventions are those of the published GHN-2 and GHN-3 graphs, so that their checkpoints mean the same thing here.
+Every autograd function is visited once, in execution order. What matters of a function is its *frontier*: the graph
+nodes whose outputs reach it with no other node in between. A function that becomes a node takes an edge from each node
+of its inputs' frontiers and is its own frontier; any other function passes the union of its inputs' frontiers on, which
+is all that contracting it means.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from ..errors import TraceError
+from .computation_graph import NORM_PRIMITIVES, WEIGHT_PRIMITIVES, ComputationGraph
+from .shortest_paths import with_virtual_edges
+from .tape import Function, Size, input_candidates, meta_copy, record, run_on_meta
+
+# What autograd calls the products of a layer's input with its weight; the slots that may hold the bias.
+_WEIGHTED = {"Convolution": 2, "Addmm": 0, "Addmv": 0, "Baddbmm": 0, "Addbmm": 0, "Linear": 2, "Mm": None, "Mv": None,
+             "Bmm": None}  # fmt: skip
+_MATMULS = frozenset({"Bmm", "Baddbmm", "Mm"})
+_SOFTMAX = frozenset({"Softmax", "SafeSoftmax"})
+_CONCAT = frozenset({"Cat", "Stack"})
+_RECTIFIERS = ("Relu", "Hard", "Sigmoid")
+_LAYER_CLASSES = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention)
+
+
+def trace(model: nn.Module, input_size: int | Size | None = None) -> ComputationGraph:
+    """Traces a model into the graph a GHN reads, on the meta device: no arithmetic and no memory for weights.
+
+    The model itself is only read; it may be on any device, in any mode and dtype.
+
+    Args:
+        model: Any eager module that takes one image-like tensor.
+        input_size: Input size without the batch dimension, e.g. ``(3, 224, 224)``, or a side length for RGB images. By
+            default what the model declares (``pretrained_cfg``, ``img_size``), else ``(3, 224, 224)``.
+
+    Raises:
+        TraceError: If the model is scripted, or its forward pass fails on the input size.
+    """
+    duplicate = meta_copy(model)
+    failure: Exception | None = None
+    tried = []
+    for size in input_candidates(model, input_size):
+        tried.append(size)
+        try:
+            leaf, outputs = run_on_meta(duplicate, size)
+        except Exception as error:  # whatever a user's forward raises
+            failure = failure or error
+            continue
+        if not outputs:
+            raise TraceError(f"{type(model).__name__} returned nothing that depends on its parameters.")
+        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+        return _Tracer(duplicate, leaf, record(outputs), outputs, frozen).graph()
+    raise TraceError(
+        f"{type(model).__name__} fails on an input of size {tried[0]} ({type(failure).__name__}: {failure}); "
+        "pass the size it expects as input_size."
+    ) from failure
+
+
+class _Tracer:
+    """Builds the graph while it walks the tape once."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        leaf: torch.Tensor,
+        tape: list[Function],
+        outputs: list[torch.Tensor],
+        frozen: set[str],
+    ):
+        self.model = model
+        self.tape = tape
+        self.outputs = outputs
+        self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self.owners: dict[str, nn.Module] = {}
+        for prefix, module in model.named_modules():
+            for name in module._parameters:
+                self.owners.setdefault(f"{prefix}.{name}" if prefix else name, module)
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+
+        self.ops = ["input"]
+        self.names = ["input"]
+        self.shapes: list[Size | None] = [None]
+        self.edges: set[tuple[int, int]] = set()
+        self.node_of: dict[str, int] = {}  # parameter name -> node
+        self.kept = dict.fromkeys(frozen, "frozen (requires_grad=False)")
+
+        # Per function: its frontier if it carries data (None otherwise), the parameters it is made of if it does not,
+        # and the attention node whose weights it carries to the product with the values.
+        self.frontier: list[frozenset[int] | None] = []
+        self.sources: list[tuple[str, ...]] = []
+        self.attention: list[int | None] = []
+        self.leaf_names = [None if f.variable is None else names.get(id(f.variable)) for f in tape]
+        self.input_index = next((i for i, f in enumerate(tape) if f.variable is leaf), -1)
+        self._find_attention()
+        self._find_gates()
+
+    # ---- looking ahead ----------------------------------------------------------------------------------------------
+
+    def _find_attention(self) -> None:
+        """Tells attention's softmax from a softmax over branches: attention's reaches a matrix product."""
+        self.readers: list[list[int]] = [[] for _ in self.tape]
+        for index, function in enumerate(self.tape):
+            for source in function.inputs:
+                if source is not None:
+                    self.readers[source].append(index)
+        self.is_attention: set[int] = set()
+        self.is_logit: set[int] = set()
+        for index, function in enumerate(self.tape):
+            if function.op in _SOFTMAX and self._reaches_matmul(index):
+                self.is_attention.add(index)
+                self._mark_logits(index)
+
+    def _reaches_matmul(self, index: int) -> bool:
+        reached, steps = [index], 0
+        while reached and steps < 64:
+            steps += 1
+            for reader in self.readers[reached.pop()]:
+                op = self.tape[reader].op
+                if op in _MATMULS:
+                    return True
+                if not op.startswith("Native"):
+                    reached.append(reader)
+        return False
+
+    def _mark_logits(self, softmax: int) -> None:
+        """Marks what lies between q·k and the softmax: a table added there is a position bias, not an encoding."""
+        reached = [softmax]
+        while reached:
+            index = reached.pop()
+            if index not in self.is_logit and self.tape[index].op not in _WEIGHTED:
+                self.is_logit.add(index)
+                reached.extend(source for source in self.tape[index].inputs if source is not None)
+
+    def _find_gates(self) -> None:
+        """Finds squeeze-excite: a product with a factor that was averaged over the positions it now scales."""
+        self.gate_slot: dict[int, int] = {}
+        self.squeezes: set[int] = set()
+        for index, function in enumerate(self.tape):
+            if function.op != "Mul" or None in function.inputs or len(function.inputs) != 2:
+                continue
+            sizes = [_numel(self.tape[source].shape) for source in function.inputs if source is not None]
+            for slot in range(2):
+                if sizes[slot] < sizes[1 - slot] and (means := self._squeezing_means(function.inputs[slot], max(sizes))):
+                    self.gate_slot[index] = slot
+                    self.squeezes |= means
+
+    def _squeezing_means(self, gate: int | None, size: int) -> set[int]:
+        means: set[int] = set()
+        reached, seen = [gate], set()
+        while reached:
+            index = reached.pop()
+            if index is None or index in seen or _numel(self.tape[index].shape) >= size:
+                continue
+            seen.add(index)
+            if _averages_positions(self.tape[index]):
+                means.add(index)
+            else:
+                reached.extend(self.tape[index].inputs)
+        return means
+
+    # ---- the walk ---------------------------------------------------------------------------------------------------
+
+    def graph(self) -> ComputationGraph:
+        for index, function in enumerate(self.tape):
+            frontier, sources = self._visit(index, function)
+            self.frontier.append(frontier)
+            self.sources.append(sources)
+        self._explain_the_rest()
+        head = self._head()
+        return self._ordered(head)
+
+    def _visit(self, index: int, function: Function) -> tuple[frozenset[int] | None, tuple[str, ...]]:
+        """The function's frontier and the parameters it is made of; at most one of the two says something."""
+        self.attention.append(self._attention_of(function))
+        if function.variable is not None:
+            if index == self.input_index:
+                return frozenset({0}), ()
+            name = self.leaf_names[index]
+            return None, () if name is None else (name,)
+
+        data = [i for i in function.inputs if i is not None and self.frontier[i] is not None]
+        made_of = [
+            () if i is None or self.frontier[i] is not None else self.sources[i] for i in function.inputs
+        ]  # per slot
+        reach = frozenset().union(*(self.frontier[i] or () for i in data))
+        parameters = tuple(dict.fromkeys(name for names in made_of for name in names))
+
+        if norm := self._norm_weight(parameters, data):
+            return self._parameter_node(norm, "bn" if _is_batch_norm(self.owners[norm]) else "ln", reach), ()
+        if function.op in _WEIGHTED and (weights := self._weights(function, made_of, data)):
+            return self._weighted(function, weights, made_of, reach), ()
+        if not data:
+            return None, parameters
+        return self._data_op(index, function, data, parameters, reach), ()
+
+    def _attention_of(self, function: Function) -> int | None:
+        tags = [self.attention[i] for i in function.inputs if i is not None]
+        return next((tag for tag in tags if tag is not None), None)
+
+    def _norm_weight(self, parameters: tuple[str, ...], data: list[int]) -> str | None:
+        if not data and len(parameters) < 3:  # a norm over a token: weight, bias and what they are applied to
+            return None
+        for name in parameters:
+            if name not in self.node_of and name not in self.kept and _is_norm(self.owners[name]):
+                if name.rpartition(".")[2] == "weight":
+                    return name
+        return None
+
+    def _weights(self, function: Function, made_of: list[tuple[str, ...]], data: list[int]) -> list[str]:
+        """The weights a product applies to its input; none if both factors are data."""
+        bias_slot = _WEIGHTED[function.op]
+        names = [name for slot, names in enumerate(made_of) if slot != bias_slot for name in names]
+        if not data:
+            # Both factors are parameters or constants: a layer all the same if one belongs to a layer (the query of a
+            # learned token, a network over coordinates), else only a transformed parameter.
+            names = [name for name in names if isinstance(self.owners[name], _LAYER_CLASSES)]
+        matrices = [name for name in names if sum(size > 1 for size in self.parameters[name].shape) > 1]
+        largest = sorted(names, key=lambda name: -self.parameters[name].numel())[:1]
+        return matrices or largest
+
+    def _weighted(
+        self, function: Function, weights: list[str], made_of: list[tuple[str, ...]], reach: frozenset[int]
+    ) -> frozenset[int]:
+        op = "conv"
+        if function.op == "Convolution" and function.saved._saved_groups > 1:
+            op = "dil_conv" if max(function.saved._saved_dilation) > 1 else "sep_conv"
+        nodes = frozenset().union(*(self._parameter_node(name, op, reach) for name in weights))
+        bias_slot = _WEIGHTED[function.op]
+        for bias in made_of[bias_slot] if bias_slot is not None else ():
+            nodes = self._parameter_node(bias, "bias", nodes)
+        return nodes
+
+    def _data_op(
+        self, index: int, function: Function, data: list[int], parameters: tuple[str, ...], reach: frozenset[int]
+    ) -> frozenset[int]:
+        op = function.op
+        if index in self.is_attention:
+            self.attention[index] = len(self.ops)
+            return self._op_node("msa", function, reach)
+        if op.startswith("ScaledDotProduct"):
+            return self._op_node("msa", function, reach)
+        if op in _MATMULS and len(data) > 1 and self.attention[index] is not None:
+            return self._close_attention(index, data)
+        if "Pool" in op and (kernel := _pool_kernel(function)):
+            return self._op_node("max_pool" if "MaxPool" in op else "avg_pool", function, reach, (1, 1, *kernel))
+        if _averages_positions(function):
+            return reach if index in self.squeezes else self._op_node("glob_avg", function, reach)
+        if op == "Add" and parameters:
+            return self._added_parameter(index, function, parameters, reach)
+        if len(reach) > 1 and (op in ("Add", "Sub") or op in _CONCAT) and len(data) > 1:
+            return self._op_node("concat" if op in _CONCAT else "sum", function, reach)
+        if index in self.gate_slot and len(reach) > 1 and self._gate_is_seen(index):
+            return self._op_node("cse", function, reach)
+        return reach
+
+    def _close_attention(self, index: int, data: list[int]) -> frozenset[int]:
+        """The product of attention weights and values: the values flow into the attention node, and only it goes on."""
+        node = self.attention[index]
+        assert node is not None
+        self.attention[index] = None
+        weights = [i for i in data if self.attention[i] is not None]
+        values = frozenset().union(*(self.frontier[i] or () for i in data if self.attention[i] is None))
+        self._connect(values, node)
+        return frozenset().union(*(self.frontier[i] or () for i in weights))
+
+    def _added_parameter(
+        self, index: int, function: Function, parameters: tuple[str, ...], reach: frozenset[int]
+    ) -> frozenset[int]:
+        """A bias that autograd recorded as an addition of its own, or a position embedding."""
+        for name in parameters:
+            parameter = self.parameters[name]
+            behind = {self.node_of.get(sibling) for sibling in self._siblings(name)} & reach
+            if len(behind) == len(reach) == 1 and sum(size > 1 for size in parameter.shape) <= 1:
+                reach = self._parameter_node(name, "bias", reach)
+            elif index not in self.is_logit and _is_position_embedding(name, parameter, function.shape):
+                if name not in self.node_of and name not in self.kept:
+                    self._parameter_node(name, "pos_enc", frozenset())
+                    reach = self._op_node("sum", function, reach | {self.node_of[name]})
+        return reach
+
+    def _gate_is_seen(self, index: int) -> bool:
+        """Whether the published code sees this gate, which its checkpoints were trained with.
+
+        It recognises the product by what stands beside it in a traversal that starts at the output and goes into first
+        factors first: a gate that is the first factor, features that come straight from a rectifier, or the last gate
+        before the head's pooling. The rest are contracted.
+        """
+        slot = self.gate_slot[index]
+        features = self.tape[index].inputs[1 - slot]
+        assert features is not None
+        if slot == 0 or self.tape[features].op.startswith(_RECTIFIERS):
+            return True
+        for _ in range(3):
+            readers = self.readers[index]
+            if len(readers) != 1:
+                return False
+            index = readers[0]
+            if _averages_positions(self.tape[index]):
+                return index not in self.squeezes
+            if self.tape[index].op not in ("Add", "Relu"):
+                return False
+        return False
+
+    # ---- nodes and edges --------------------------------------------------------------------------------------------
+
+    def _op_node(self, op: str, function: Function, reach: Iterable[int], shape: Size | None = None) -> frozenset[int]:
+        return self._node(op, function.name, shape, reach)
+
+    def _parameter_node(self, name: str, op: str, reach: frozenset[int]) -> frozenset[int]:
+        """The parameter's node; a parameter that is used again keeps its one node and gets the further inputs."""
+        if name in self.kept:
+            return reach
+        if name in self.node_of:
+            node = self.node_of[name]
+            return frozenset({node}) if self._connect(reach, node) else reach | {node}
+        self.node_of[name] = len(self.ops)
+        return self._node(op, name, tuple(self.parameters[name].shape), reach)
+
+    def _node(self, op: str, name: str, shape: Size | None, reach: Iterable[int]) -> frozenset[int]:
+        node = len(self.ops)
+        self.ops.append(op)
+        self.names.append(name)
+        self.shapes.append(shape)
+        self.edges.update((source, node) for source in reach)
+        return frozenset({node})
+
+    def _connect(self, sources: Iterable[int], node: int) -> bool:
+        """Adds edges into an existing node unless one would close a cycle."""
+        below, stack = {node}, [node]
+        while stack:
+            current = stack.pop()
+            for source, target in self.edges:
+                if source == current and target not in below:
+                    below.add(target)
+                    stack.append(target)
+        if not below.isdisjoint(sources):
+            return False
+        self.edges.update((source, node) for source in sources)
+        return True
+
+    def _siblings(self, name: str) -> list[str]:
+        prefix = name.rpartition(".")[0]
+        return [f"{prefix}.{other}" if prefix else other for other in self.owners[name]._parameters]
+
+    # ---- finishing --------------------------------------------------------------------------------------------------
+
+    def _explain_the_rest(self) -> None:
+        """Gives every parameter without a node its reason; a norm's bias is predicted with the norm's weight."""
+        reached = {name for name in self.leaf_names if name is not None}
+        for name, parameter in self.parameters.items():
+            if name in self.node_of or name in self.kept:
+                continue
+            weight = f"{name.removesuffix('bias')}weight"
+            if name.endswith("bias") and weight in self.node_of and self.ops[self.node_of[weight]] in NORM_PRIMITIVES:
+                continue
+            if name not in reached:
+                self.kept[name] = "not used by the forward pass"
+            else:
+                self.kept[name] = _kept_reason(name, parameter)
+
+    def _head(self) -> tuple[str, ...]:
+        """The classification layer: the last weight before a single [batch, classes] output, then its bias."""
+        if len(self.outputs) != 1 or self.outputs[0].ndim != 2 or getattr(self.model, "num_classes", None) == 0:
+            return ()
+        classes = self.outputs[0].shape[1]
+        pending = list(self.frontier[-1] or ())
+        weights, biases, seen = [], [], set()
+        while pending:
+            node = pending.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            shape = self.shapes[node]
+            is_layer = self.ops[node] in WEIGHT_PRIMITIVES or self.ops[node] == "bias"
+            if is_layer and (shape is None or shape[0] != classes):
+                continue
+            if self.ops[node] in WEIGHT_PRIMITIVES:
+                weights.append(node)
+                continue
+            if self.ops[node] == "bias":
+                biases.append(node)
+            elif self.ops[node] not in ("sum", "concat", "glob_avg", "avg_pool", "max_pool"):
+                continue
+            pending.extend(source for source, target in self.edges if target == node)
+        return tuple(self.names[node] for node in sorted(weights) + sorted(biases)) if weights else ()
+
+    def _ordered(self, head: tuple[str, ...]) -> ComputationGraph:
+        """Topological order that stays as close to execution order as possible."""
+        fed = {target for _, target in self.edges}
+        for node in range(1, len(self.ops)):
+            if node not in fed and self.ops[node] != "pos_enc":
+                self.edges.add((0, node))  # e.g. a network over constant coordinates
+        waiting = [0] * len(self.ops)
+        successors: list[list[int]] = [[] for _ in self.ops]
+        for source, target in sorted(self.edges):
+            waiting[target] += 1
+            successors[source].append(target)
+        ready = [node for node, count in enumerate(waiting) if count == 0]
+        order: list[int] = []
+        while ready:
+            node = heapq.heappop(ready)
+            order.append(node)
+            for target in successors[node]:
+                waiting[target] -= 1
+                if waiting[target] == 0:
+                    heapq.heappush(ready, target)
+        rank = {node: position for position, node in enumerate(order)}
+        return ComputationGraph(
+            ops=[self.ops[node] for node in order],
+            names=[self.names[node] for node in order],
+            shapes=[self._node_shape(node, head) for node in order],
+            edges=with_virtual_edges(len(order), [(rank[source], rank[target]) for source, target in self.edges]),
+            head=head,
+            kept=self.kept,
+        )
+
+    def _node_shape(self, node: int, head: tuple[str, ...]) -> Size | None:
+        shape = self.shapes[node]
+        if shape is not None and self.names[node] in head and shape[2:] == (1, 1):
+            return shape[:2]  # a classifier written as a 1x1 convolution is a matrix like any other
+        return shape
+
+
+def _numel(shape: Size) -> int:
+    return torch.Size(shape).numel()
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower() or isinstance(
+        module, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
+    )
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) or "batchnorm" in type(module).__name__.lower()
+
+
+def _averages_positions(function: Function) -> bool:
+    """Whether a function averages over all positions of a feature map or token sequence, keeping channels apart."""
+    if function.op.startswith("AdaptiveAvgPool"):
+        return True
+    if function.name != "MeanBackward1":
+        return False
+    dims, size = function.saved._saved_dim, function.saved._saved_self_sym_sizes
+    if dims is None:
+        return False
+    return len(dims) > 1 or (len(size) == 3 and not function.saved._saved_keepdim)
+
+
+def _pool_kernel(function: Function) -> Size | None:
+    """Kernel (height, width) of a pooling function; an adaptive pooling's is what it divides its input into."""
+    node = function.saved
+    if hasattr(node, "_saved_kernel_size"):
+        kernel = tuple(node._saved_kernel_size)
+    elif function.op.startswith("AdaptiveMaxPool"):
+        kernel = tuple(max(1, i // o) for i, o in zip(node._saved_self.shape[2:], function.shape[2:], strict=True))
+    else:
+        return None
+    return (kernel * 2)[-2:] if len(kernel) == 1 else kernel[-2:]
+
+
+def _is_position_embedding(name: str, parameter: nn.Parameter, shape: Size) -> bool:
+    """A table that varies over positions and channels and is added to features, as opposed to a per-channel shift."""
+    local = name.rpartition(".")[2]
+    varied = sum(size > 1 for size in parameter.shape)
+    return varied > 1 and ("pos" in local or parameter.numel() == _numel(shape))
+
+
+def _kept_reason(name: str, parameter: nn.Parameter) -> str:
+    local = name.rpartition(".")[2].lower()
+    if "rel" in local or "bias_table" in local or "attention_bias" in local:
+        return "relative position table"
+    if "token" in local or local in ("latent", "query", "probe"):
+        return "learned token"
+    if "pos" in local:
+        return "position table of an unusual layout"
+    if sum(size > 1 for size in parameter.shape) <= 1:
+        return "scale or shift of a branch"
+    return "no primitive for it"

@@ -1,0 +1,6 @@
+"""The graph hypernetwork: a network that reads a computation graph and writes its parameters."""
+
+from .config import GHNConfig
+from .ghn import GHN
+
+__all__ = ["GHN", "GHNConfig"]

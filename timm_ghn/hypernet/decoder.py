@@ -1,0 +1,89 @@
+"""Decoders: from a node's state to the values of its parameter.
+
+Only what a target needs is computed: the kernel positions of its size, and the channels that are not tiled copies. That
+is exact, since both linear maps of the decoder treat every output on its own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .config import GHNConfig
+from .encoder import Shape4d
+from .message_passing import MLP
+
+
+class ConvDecoder(nn.Module):
+    """Kernels of up to `max_shape`: a vector per kernel position, then two 1x1 convolutions (arXiv 2110.13100, fig. 2)."""
+
+    def __init__(self, config: GHNConfig):
+        super().__init__()
+        self.max_shape = config.max_shape
+        # GHN-2 reads kernels from the top-left corner of the largest one, GHN-3 from its centre.
+        self.centred = config.hypernet == "graphormer"
+        hid, (out, into, height, width) = config.hid, config.max_shape
+        self.fc = nn.Sequential(nn.Linear(hid, 4 * hid * height * width), nn.ReLU())
+        self.conv = nn.Sequential(
+            _pointwise(4 * hid, 8 * hid, self.centred), nn.ReLU(), _pointwise(8 * hid, out * into, self.centred)
+        )
+        self.class_layer_predictor = nn.Sequential(nn.ReLU(), _pointwise(out, config.num_classes, self.centred))
+
+    def _window(self, size: int, limit: int) -> slice:
+        start = max(0, limit // 2 - size // 2) if self.centred else 0
+        return slice(start, start + min(size, limit))
+
+    def forward(self, x: torch.Tensor, shape: Shape4d) -> torch.Tensor:
+        """States [n, d] to kernels [n, out, in, h, w] of `shape`, or of `max_shape` where that is smaller."""
+        max_out, max_in, max_height, max_width = self.max_shape
+        out, into = min(shape[0], max_out), min(shape[1], max_in)
+        rows, columns = self._window(shape[2], max_height), self._window(shape[3], max_width)
+        channels = self.fc[0].out_features // (max_height * max_width)
+
+        weight = self.fc[0].weight.view(channels, max_height, max_width, -1)[:, rows, columns]
+        bias = self.fc[0].bias.view(channels, max_height, max_width)[:, rows, columns]
+        size = weight.shape[1:3]
+        x = F.relu(F.linear(x, weight.flatten(0, 2), bias.flatten()))
+        x = x.view(-1, channels, *size).permute(0, 2, 3, 1)
+        x = F.relu(F.linear(x, self.conv[0].weight.flatten(1), self.conv[0].bias))
+
+        weight = self.conv[2].weight.flatten(1).view(max_out, max_in, -1)[:out, :into]
+        bias = self.conv[2].bias.view(max_out, max_in)[:out, :into]
+        x = F.linear(x, weight.flatten(0, 1), bias.flatten())
+        return x.view(-1, *size, out, into).permute(0, 3, 4, 1, 2)
+
+    def class_weight(self, x: torch.Tensor, in_features: int) -> torch.Tensor:
+        """States [n, d] to class weights [n, num_classes, in]: a linear map over the out channels of a 1x1 kernel."""
+        kernel = self(x, (self.max_shape[0], in_features, 1, 1))[..., 0, 0]
+        layer = self.class_layer_predictor[1]
+        return F.linear(F.relu(kernel).transpose(1, 2), layer.weight.flatten(1), layer.bias).transpose(1, 2)
+
+
+class MLPDecoder(nn.Module):
+    """The MLP decoder of GHN-1's ablation: all values of the largest kernel at once."""
+
+    def __init__(self, config: GHNConfig):
+        super().__init__()
+        out, into, height, width = self.max_shape = config.max_shape
+        self.mlp = MLP(config.hid, 2 * config.hid, out * into * height * width)
+        self.class_layer_predictor = nn.Sequential(nn.ReLU(), nn.Linear(2 * config.hid, config.num_classes * out))
+
+    def forward(self, x: torch.Tensor, shape: Shape4d) -> torch.Tensor:
+        """States [n, d] to kernels [n, out, in, h, w] of `shape`, or of `max_shape` where that is smaller."""
+        out, into, height, width = (min(size, limit) for size, limit in zip(shape, self.max_shape, strict=True))
+        last = self.mlp.fc[2]
+        weight = last.weight.view(*self.max_shape, -1)[:out, :into, :height, :width]
+        bias = last.bias.view(self.max_shape)[:out, :into, :height, :width]
+        hidden = F.relu(self.mlp.fc[0](x))
+        return F.linear(hidden, weight.flatten(0, 3), bias.flatten()).view(-1, out, into, height, width)
+
+    def class_weight(self, x: torch.Tensor, in_features: int) -> torch.Tensor:
+        """States [n, d] to class weights [n, num_classes, in]."""
+        weights = self.class_layer_predictor(self.mlp.fc[0](x))
+        return weights.view(len(x), -1, self.max_shape[1])[..., :in_features]
+
+
+def _pointwise(features: int, out: int, linear: bool) -> nn.Linear | nn.Conv2d:
+    """A map over channels, stored as the published checkpoints store it: GHN-3's are matrices, earlier ones 1x1 kernels."""
+    return nn.Linear(features, out) if linear else nn.Conv2d(features, out, 1)

@@ -1,0 +1,152 @@
+"""The three ways a GHN lets nodes talk to each other: GatedGNN (GHN-1, GHN-2), Graphormer (GHN-3), or not at all."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..ops import Topology, gated_gnn
+from .config import GHNConfig
+
+MAX_DEGREE = 100
+MAX_INPUT_DISTANCE = 1000
+NUM_DISTANCES = 257  # distances 0…254, shifted by 2 in the published checkpoints
+
+
+class MLP(nn.Module):
+    """Two linear layers with a ReLU between, and one after if `last_relu`."""
+
+    def __init__(self, features: int, hidden: int, out: int, last_relu: bool = False):
+        super().__init__()
+        layers = [nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, out)]
+        self.fc = nn.Sequential(*layers, *([nn.ReLU()] if last_relu else []))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x)
+
+
+class GatedGNN(nn.Module):
+    """One round of gated message passing along the graph and back (arXiv 1810.05749 eq. 3; 2110.13100 eq. 4)."""
+
+    def __init__(self, config: GHNConfig):
+        super().__init__()
+        hid = config.hid
+        hidden = hid // 2 if config.ve else hid
+        self.mlp = MLP(hid, hidden, hid, last_relu=True)
+        self.mlp_ve = MLP(hid, hidden, hid, last_relu=True) if config.ve else None
+        self.gru = nn.GRUCell(hid, hid)
+
+    def forward(self, x: torch.Tensor, edges: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+        """[N, d] states and int64 [E, 3] edges of the whole batch to updated [N, d] states."""
+        topology = Topology.from_edges(edges, sizes).to(x.device)
+        mlp, ve, gru = self.mlp.fc, None if self.mlp_ve is None else self.mlp_ve.fc, self.gru
+        virtual = (None,) * 4 if ve is None else (ve[0].weight, ve[0].bias, ve[2].weight, ve[2].bias)
+        return gated_gnn(
+            x, topology, mlp[0].weight, mlp[0].bias, mlp[2].weight, mlp[2].bias, *virtual,
+            gru.weight_ih, gru.weight_hh, gru.bias_ih, gru.bias_hh,
+        )  # fmt: skip
+
+
+class NodeMLP(nn.Module):
+    """The MLP baseline: every node on its own (arXiv 2110.13100, §5)."""
+
+    def __init__(self, config: GHNConfig):
+        super().__init__()
+        self.fc = MLP(config.hid, config.hid, config.hid, last_relu=True).fc
+
+    def forward(self, x: torch.Tensor, edges: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+        """[N, d] to [N, d]; the graphs are not looked at."""
+        return self.fc(x)
+
+
+class Attention(nn.Module):
+    """Self-attention over the nodes of a graph, with a bias per head and ordered pair of nodes."""
+
+    def __init__(self, dim: int, heads: int, edges: bool):
+        super().__init__()
+        self.heads = heads
+        self.to_qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(dim, dim))
+        if edges:  # the first layer's bias serves all layers
+            self.edge_embed = nn.ModuleDict({"embed": nn.Embedding(NUM_DISTANCES, dim)})
+            self.proj_e = nn.Sequential(nn.Linear(2 * dim, dim), nn.ReLU(), nn.Linear(dim, heads))
+
+    def edge_bias(self, distances: torch.Tensor) -> torch.Tensor:
+        """int64 [B, N, N] distances to a [B, heads, N, N] bias.
+
+        In a DAG at most one of a pair's two distances is positive, so few pairs of distances differ: the network runs
+        on a table of those, and N x N lookups do the rest.
+        """
+        pairs, index = torch.unique(
+            distances * NUM_DISTANCES + distances.transpose(1, 2), return_inverse=True
+        )
+        embed = self.edge_embed["embed"]
+        forward, backward = pairs // NUM_DISTANCES + 2, pairs % NUM_DISTANCES + 2
+        table = self.proj_e(torch.cat((embed(forward), embed(backward)), dim=1))  # [pairs, heads]
+        return table.t()[:, index].transpose(0, 1)
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """[B, N, d] and [B, heads, N, N] to [B, N, d]."""
+        batch, nodes, dim = x.shape
+        q, k, v = self.to_qkv(x).view(batch, nodes, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+        return self.to_out(x.transpose(1, 2).reshape(batch, nodes, dim))
+
+
+class GraphormerLayer(nn.Module):
+    """Pre-norm transformer layer."""
+
+    def __init__(self, dim: int, heads: int, edges: bool):
+        super().__init__()
+        self.ln1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, heads, edges)
+        self.ln2 = nn.LayerNorm(dim)
+        # Published key names leave room for a dropout between the activation and the second layer.
+        self.ff = nn.ModuleDict(
+            {"net": nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Identity(), nn.Linear(4 * dim, dim))}
+        )
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """[B, N, d] and [B, heads, N, N] to [B, N, d]."""
+        x = x + self.attn(self.ln1(x), bias)
+        return x + self.ff["net"](self.ln2(x))
+
+
+class Graphormer(nn.ModuleList):
+    """GHN-3's message passing (arXiv 2303.04143, §3.1)."""
+
+    def __init__(self, config: GHNConfig):
+        super().__init__(GraphormerLayer(config.hid, config.heads, edges=i == 0) for i in range(config.layers))
+
+    def forward(
+        self, x: torch.Tensor, edges: torch.Tensor, sizes: list[int], centrality: tuple[nn.Embedding, ...]
+    ) -> torch.Tensor:
+        """[N, d] states and int64 [E, 3] edges of the whole batch to updated [N, d] states.
+
+        `centrality` holds the embeddings of in-degree, out-degree and distance from the input.
+        """
+        batch, width = len(sizes), max(sizes)
+        starts = torch.tensor([0, *sizes[:-1]], device=x.device).cumsum(0)
+        counts = torch.tensor(sizes, device=x.device)
+        graph = torch.repeat_interleave(torch.arange(batch, device=x.device), counts)
+        local = torch.arange(len(x), device=x.device) - starts[graph]
+
+        distances = torch.zeros(batch, width, width, dtype=torch.int64, device=x.device)
+        source, target, distance = edges.to(x.device).unbind(1)
+        distances[graph[source], local[source], local[target]] = distance
+        neighbours = distances == 1
+        indices = (neighbours.sum(1), neighbours.sum(2), distances[:, 0])
+        limits = (MAX_DEGREE, MAX_DEGREE, MAX_INPUT_DISTANCE)
+
+        padded = x.new_zeros(batch, width, x.shape[1])
+        padded[graph, local] = x
+        for embed, index, limit in zip(centrality, indices, limits, strict=True):
+            padded = padded + embed(index.clamp(max=limit))
+
+        bias = self[0].attn.edge_bias(distances)
+        padding = torch.arange(width, device=x.device) >= counts[:, None]
+        bias = bias.masked_fill(padding[:, None, None, :], -torch.inf)
+        for layer in self:
+            padded = layer(padded, bias)
+        return padded[graph, local]
