@@ -10,6 +10,7 @@ What it computes is written down in `reference.py`. Here the same is done level 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -81,7 +82,9 @@ def gated_gnn(
         "gru_b_hh": gru_b_hh,
     }
     _check(h, topology, weights)
-    out, _ = torch.ops.timm_ghn.gated_gnn(
+    # A compiler wants the op itself, and torch.func the autograd function around it.
+    op = torch.ops.timm_ghn.gated_gnn if torch.compiler.is_compiling() else _Traversal.apply
+    out, _ = op(
         h,
         topology.order,
         topology.level_ptr,
@@ -151,7 +154,7 @@ def _sweeps(saved: Tensor, d: int) -> list[_Sweep]:
 class _Lists(NamedTuple):
     """For each level: the rows to add up, the factor of each, and where each sum starts."""
 
-    index: tuple[Tensor, ...]
+    rows: tuple[Tensor, ...]
     factor: tuple[Tensor, ...]
     start: tuple[Tensor, ...]
 
@@ -168,9 +171,7 @@ class _Lists(NamedTuple):
 
     def add_up(self, table: Tensor, level: int) -> Tensor:
         """The level's weighted sums of rows: gather, product and segment sum in one op."""
-        return torch.embedding_bag(table, self.index[level], self.start[level], per_sample_weights=self.factor[level])[
-            0
-        ]
+        return torch.embedding_bag(table, self.rows[level], self.start[level], per_sample_weights=self.factor[level])[0]
 
 
 def _stack(mlp0_w: Tensor, mlp2_w: Tensor, ve0_w: Tensor, ve2_w: Tensor) -> tuple[Tensor, Tensor]:
@@ -289,11 +290,11 @@ def _gated_gnn_backward(
 
         grad_message, grad_gates = torch.empty_like(grad), torch.empty_like(slope)
         grad_hidden, grad_sent = torch.empty_like(hidden_on), torch.empty_like(sent_on)
-        parts = (slope, sent_on, hidden_on, grad, grad[:, None], grad_gates, grad_gates.flatten(1))
-        parts += (grad_message, grad_hidden, grad_sent)
+        masks, wide = (sent_on, hidden_on), (grad[:, None], slope, grad_gates)
+        parts = (grad, *masks, *wide, grad_gates.flatten(1), grad_message, grad_hidden, grad_sent)
         views = list(zip(*(part.split(sizes) for part in parts), strict=True))
         for level in schedule:
-            by, s_on, h_on, g, g_wide, g_gates, g_gates_flat, g_message, g_hidden, g_sent = views[level]
+            g, s_on, h_on, g_wide, by, g_gates, g_gates_flat, g_message, g_hidden, g_sent = views[level]
             torch.mul(lists.add_up(grad_message, level).view_as(s_on), s_on, out=g_sent)
             torch.mm(g_sent, w2, out=g_hidden).mul_(h_on)
             g.addmm_(g_hidden, w0)
@@ -336,11 +337,44 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, T
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, grad: Tensor | None, _: None, op: Callable[..., Sequence[Tensor]] = _gated_gnn_backward
+) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 23
-    by_h, *by_weights = torch.ops.timm_ghn.gated_gnn_backward(grad, *ctx.saved_tensors)
+    by_h, *by_weights = op(grad, *ctx.saved_tensors)
     return by_h, *(None,) * 10, *by_weights
+
+
+class _Traversal(torch.autograd.Function):
+    """The op once more, in the form that the transforms of `torch.func` ask for and registration does not give."""
+
+    @staticmethod
+    def forward(*args: Tensor) -> tuple[Tensor, Tensor]:
+        out: tuple[Tensor, Tensor] = torch.ops.timm_ghn.gated_gnn(*args)
+        return out
+
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, grad, _, _TraversalBackward.apply)
+
+
+class _TraversalBackward(torch.autograd.Function):
+    """`torch.func` records the backward pass too, although its derivative is not to be had."""
+
+    @staticmethod
+    def forward(*args: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.ops.timm_ghn.gated_gnn_backward(*args))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise NotImplementedError("gated_gnn has no second derivative; use gated_gnn_reference for one.")
 
 
 _gated_gnn.register_autograd(_backward, setup_context=_setup_context)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,11 @@ def gated_gnn_reference(
     Returns:
         [N, d] the updated states.
     """
+
+    def mlp(x: Tensor, *layers: Any) -> Tensor:
+        w0, b0, w2, b2 = layers
+        return F.relu(F.linear(F.relu(F.linear(x, w0, b0)), w2, b2))
+
     predecessors, successors = defaultdict(list), defaultdict(list)
     for source, target, distance in edges.tolist():
         predecessors[target].append((source, distance))
@@ -60,12 +66,8 @@ def gated_gnn_reference(
             message = torch.zeros_like(states[v])
             for u, distance in neighbours[v]:
                 if distance == 1:
-                    message = message + _mlp(states[u], mlp0_w, mlp0_b, mlp2_w, mlp2_b)
+                    message = message + mlp(states[u], mlp0_w, mlp0_b, mlp2_w, mlp2_b)
                 if ve0_w is not None and distance <= MAX_DISTANCE:
-                    message = message + _mlp(states[u], ve0_w, ve0_b, ve2_w, ve2_b) / distance
+                    message = message + mlp(states[u], ve0_w, ve0_b, ve2_w, ve2_b) / distance
             states[v] = torch.gru_cell(message[None], states[v][None], gru_w_ih, gru_w_hh, gru_b_ih, gru_b_hh)[0]
     return torch.stack(states) if states else h.clone()
-
-
-def _mlp(x: Tensor, w0: Tensor, b0: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    return F.relu(F.linear(F.relu(F.linear(x, w0, b0)), w2, b2))
