@@ -26,8 +26,9 @@ class Topology:
     Attributes:
         order: [N] the node at each position.
         level_ptr: [levels + 1] the first position of each level; always on the CPU, where the loop over levels runs.
-        graph_nodes: [N] positions, graph by graph, ascending within each.
-        graph_ptr: [graphs + 1] where each graph starts in `graph_nodes`.
+        groups: [groups, 2] first position and the one after the last of each graph's share of each level; a graph's
+            groups follow one another, levels ascending.
+        graph_ptr: [graphs + 1] where each graph starts in `groups`.
         in_ptr: [2N + 1] where each row's list starts in `in_index`.
         in_index: [entries] row of the message table.
         in_distance: [entries] length of the edge, the divisor of its message.
@@ -38,7 +39,7 @@ class Topology:
 
     order: Tensor
     level_ptr: Tensor
-    graph_nodes: Tensor
+    groups: Tensor
     graph_ptr: Tensor
     in_ptr: Tensor
     in_index: Tensor
@@ -92,11 +93,15 @@ class Topology:
         in_ptr, in_index, in_distance = _compress(target, source, distance, nodes)
         out_ptr, out_index, out_distance = _compress(source, target, distance, nodes)
 
+        _, counts = torch.unique_consecutive(level[order] * len(graph_sizes) + graph_of[order], return_counts=True)
+        groups = torch.stack((counts.cumsum(0) - counts, counts.cumsum(0)), 1)
+        graph_of_group, by_graph = torch.sort(graph_of[order][groups[:, 0]], stable=True)
+
         topology = cls(
             order=order,
             level_ptr=_pointers(torch.bincount(level)),
-            graph_nodes=torch.argsort(graph_of[order], stable=True),
-            graph_ptr=_pointers(graph_sizes),
+            groups=groups[by_graph],
+            graph_ptr=_pointers(torch.bincount(graph_of_group, minlength=len(graph_sizes))),
             in_ptr=in_ptr,
             in_index=in_index,
             in_distance=in_distance,
