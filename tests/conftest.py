@@ -1,0 +1,55 @@
+"""Fixtures for more than one test file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from timm_ghn import hub
+from timm_ghn.hypernet import GHN, GHNConfig
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data: $TIMM_GHN_SHARED, or ../shared beside the checkout."""
+    folder = Path(os.environ.get("TIMM_GHN_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data: {folder} does not exist; set TIMM_GHN_SHARED")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def save_ghn() -> Callable[..., Path]:
+    """Writes a random GHN as one file that carries its config, ``save_ghn(path, hid=16, ...)``."""
+
+    def save(path: Path, seed: int = 0, **config: Any) -> Path:
+        config = {"num_classes": 10, "max_shape": (16, 16, 3, 3), "hid": 16, **config}
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            ghn = GHN(GHNConfig(**config))
+        save_file(ghn.state_dict(), path, metadata={"config": json.dumps(ghn.config.to_dict())})
+        return path
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def ghn_file(save_ghn: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random GHN for ten classes."""
+    return save_ghn(tmp_path_factory.mktemp("ghn") / "random.safetensors")
+
+
+@pytest.fixture
+def tags() -> Iterator[None]:
+    """Forgets the tags that a test registers."""
+    before = dict(hub._registered)
+    yield
+    hub._registered.clear()
+    hub._registered.update(before)
