@@ -17,7 +17,7 @@ test: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable ".[test,train]"
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
 	touch $@
 
 clean:
