@@ -1,0 +1,135 @@
+"""The command line, ``timm-ghn``: one function for each sub-command."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_model
+from torch import nn
+
+from .assign import initialize
+from .errors import GHNError
+from .hub import hub_configs, list_ghns, load_ghn, resolve
+
+_DEMO_ARCHITECTURES = (
+    "resnet50",
+    "regnety_016",
+    "efficientnet_b0",
+    "convnext_tiny",
+    "vit_small_patch16_224",
+    "swin_s3_tiny_224",
+)
+_DEMO_CLASSIFIERS = ("resnet18", "resnet50", "regnety_016")
+
+console = Console()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status. What a user did wrong is told in one sentence, without a traceback."""
+    parser = argparse.ArgumentParser(prog="timm-ghn", description="Predicted weights for timm models.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for add in (_add_list, _add_create, _add_demo):
+        add(commands)
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except GHNError as error:
+        print(f"timm-ghn: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _add_list(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("list", help="list the GHNs that can be used by their tag")
+    parser.set_defaults(run=_list)
+
+
+def _list(args: argparse.Namespace) -> None:
+    table = Table("tag", "trained on", "classes", "licence", "repository")
+    for tag in list_ghns():
+        pin = hub_configs().get(tag)
+        if pin is None:
+            table.add_row(tag, "", "", "", resolve(tag))
+        else:
+            table.add_row(tag, pin.trained_on, str(pin.config["num_classes"]), pin.license, pin.repo_id)
+    console.print(table)
+
+
+def _add_create(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("create", help="predict a model's weights, say what was predicted, save them if asked")
+    parser.add_argument("name", help="architecture, as in timm.create_model")
+    parser.add_argument("--ghn", default="ghn2", help="tag, directory, .safetensors file or hf-hub:org/repo@revision")
+    parser.add_argument("--num-classes", type=int, help="classes of the model; timm's default for it if not given")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="save the weights to this .safetensors file")
+    parser.set_defaults(run=_create)
+
+
+def _create(args: argparse.Namespace) -> None:
+    ghn = load_ghn(args.ghn)
+    model = _timm_model(args.name, args.num_classes)
+    report = initialize(model, ghn)
+    console.print(f"{args.name} by {args.ghn}", style="bold")
+    console.print(str(report), highlight=False, markup=False)
+    if args.output:
+        save_model(model, str(args.output))
+        console.print(f"saved to {args.output}", highlight=False, markup=False)
+
+
+def _timm_model(name: str, num_classes: int | None = None) -> nn.Module:
+    if not timm.is_model(name):
+        nearest = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.0)[0]
+        raise GHNError(f"timm has no architecture {name!r}: did you mean {nearest!r}?")
+    model: nn.Module = timm.create_model(name, num_classes=num_classes)
+    return model
+
+
+def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("demo", help="predict several architectures, and classify images with some of them")
+    parser.add_argument("--ghn", default="ghn2", help="tag, directory, .safetensors file or hf-hub:org/repo@revision")
+    parser.add_argument("--cifar10", metavar="FILE", help="parquet file in the schema of the Hub's uoft-cs/cifar10")
+    parser.set_defaults(run=_demo)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    ghn = load_ghn(args.ghn)
+    table = Table("architecture", "parameters", "predicted", "random init", "prediction", title=f"by {args.ghn}")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name in _DEMO_ARCHITECTURES:
+        started = time.perf_counter()
+        model = _timm_model(name)
+        created = time.perf_counter() - started
+        report = initialize(model, ghn)
+        size = sum(parameter.numel() for parameter in model.parameters())
+        predicting = sum(report.seconds.values())
+        table.add_row(
+            name, f"{size / 1e6:.1f} M", f"{report.predicted_fraction:.2%}", f"{created:.2f} s", f"{predicting:.2f} s"
+        )
+    console.print(table)
+    console.print(f"\n{name}, in detail\n{report}", highlight=False, markup=False)
+    if args.cifar10:
+        from .training.data import load_dataset
+
+        images = load_dataset(args.cifar10, "val")
+        console.print(f"\nTop-1 accuracy of predicted weights on {len(images)} held-out images of {args.cifar10}:")
+        for name in _DEMO_CLASSIFIERS:
+            model = _timm_model(name, images.num_classes)
+            initialize(model, ghn, head="predict")
+            # Batch norms have seen no data yet, so they take each batch's own statistics.
+            model.train()
+            with torch.no_grad():
+                right = sum(int((model(x).argmax(1) == y).sum()) for x, y in images.batches(250))
+            console.print(f"  {name:<12} {right / len(images):6.2%}", highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
