@@ -26,7 +26,7 @@ from .errors import CheckpointError, GHNError
 
 logger = logging.getLogger("timm_ghn.plugin")
 
-_TESTED = "1.0.15 to 1.0.31"
+_TESTED = "1.0.22 to 1.0.31"
 _factory = importlib.import_module("timm.models._factory")
 _builder = importlib.import_module("timm.models._builder")
 _registry = importlib.import_module("timm.models._registry")
