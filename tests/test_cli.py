@@ -49,7 +49,9 @@ def test_a_mistake_is_one_line(
     assert printed.out == ""
 
 
-def test_demo(ghn_file: Path, shared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_demo(
+    ghn_file: Path, shared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(cli, "_DEMO_ARCHITECTURES", ("test_resnet", "test_vit"))
     monkeypatch.setattr(cli, "_DEMO_CLASSIFIERS", ("test_resnet",))
     assert cli.main(["demo", "--ghn", str(ghn_file), "--cifar10", str(shared / "data" / "cifar10-train.parquet")]) == 0
