@@ -74,14 +74,12 @@ def dags(draw: st.DrawFn) -> tuple[Tensor, int]:
     return with_virtual_edges(nodes, edges), nodes
 
 
-def layer_weights(
-    d: int, hidden: int | None = None, dtype: torch.dtype = torch.float64, scale: float = 0.4
-) -> list[Tensor]:
-    """Random weights in the order of the layer's arguments."""
+def layer_weights(d: int, hidden: int | None = None, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Random weights in the order of the layer's arguments, of the size that training starts from."""
     hidden = hidden or d // 2
     shapes = [(hidden, d), (hidden,), (d, hidden), (d,)] * 2 + [(3 * d, d), (3 * d, d), (3 * d,), (3 * d,)]
     generator = torch.Generator().manual_seed(0)
-    return [(scale * torch.randn(s, generator=generator, dtype=dtype)).requires_grad_() for s in shapes]
+    return [(d**-0.5 * torch.randn(s, generator=generator, dtype=dtype)).requires_grad_() for s in shapes]
 
 
 def states(nodes: int, d: int, dtype: torch.dtype = torch.float64) -> Tensor:

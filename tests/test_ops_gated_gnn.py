@@ -49,7 +49,7 @@ def test_golden_graphs(architecture: str) -> None:
     edges, nodes = golden_graph(architecture)
     topology = Topology.from_edges(edges, [nodes])
     with torch.no_grad():
-        weights, h = layer_weights(32, scale=0.2), states(nodes, 32)
+        weights, h = layer_weights(32), states(nodes, 32)
         expected = gated_gnn_reference(h, edges, *weights)
         assert_close(gated_gnn(h, topology, *weights), expected, 1e-10)
         assert_close(gated_gnn(h.float(), topology, *(w.float() for w in weights)).double(), expected, 1e-5)
@@ -80,7 +80,7 @@ def test_long_chain() -> None:
     edges, nodes = chain(3000)
     real = edges[edges[:, 2] == 1]
     with torch.no_grad():
-        weights, h = layer_weights(4, scale=0.3), states(nodes, 4)
+        weights, h = layer_weights(4), states(nodes, 4)
         expected = gated_gnn_reference(h, edges, *weights)
         assert_close(gated_gnn(h, Topology.from_edges(edges, [nodes]), *weights), expected, 1e-10)
     check_gradients(real, [nodes], layer_weights(4), d=4)
@@ -188,6 +188,18 @@ def test_autocast_computes_in_float32() -> None:
     assert torch.equal(actual, expected)
     half.sum().backward()
     assert h.grad is not None and h.grad.dtype == torch.float32
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_agrees_with_cpu() -> None:
+    edges, sizes = batch([golden_graph("torchvision-resnet50"), golden_graph("torchvision-densenet121"), chain(5)])
+    results = []
+    for device in ("cpu", "cuda"):
+        h, *weights = (x.detach().to(device).requires_grad_() for x in (states(sum(sizes), 32), *layer_weights(32)))
+        out = gated_gnn(h, Topology.from_edges(edges, sizes).to(device), *weights)
+        results.append((out, *torch.autograd.grad(out.square().sum(), [h, *weights])))
+    for a, e in zip(*results[::-1], strict=True):
+        assert_close(a.cpu(), e, 1e-10)
 
 
 def test_torch_func() -> None:

@@ -124,10 +124,45 @@ _backward_op = torch.library.custom_op(
 )
 
 
+def _fused_or_portable(direction: str, *arguments: Any) -> Any:
+    """One launch; where it cannot be compiled, the portable implementation, and one warning."""
+    global _fused_works
+    if _fused_works:
+        try:
+            from timm_ghn.ops import kernels
+
+            return getattr(kernels, direction)(*arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            _fused_works = False
+            _logger.warning(
+                "the graph layer's kernel cannot run here (%s: %s); its portable implementation gives the same "
+                "results, slower. Triton and a C compiler make the kernel available.",
+                type(error).__name__,
+                error,
+            )
+    return getattr(portable, direction)(*arguments)
+
+
+_fused_works = True
+
+
+@_forward_op.register_kernel("cuda")
+def _(h: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor] = _fused_or_portable("forward", h, *_unpack(arguments))
+    return result
+
+
+@_backward_op.register_kernel("cuda")
+def _(grad: Tensor, out: Tensor, saved: Tensor, *arguments: Tensor) -> list[Tensor]:
+    result: list[Tensor] = _fused_or_portable("backward", grad, out, saved, *_unpack(arguments))
+    return result
+
+
 @_forward_op.register_fake
 def _(h: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor]:
-    _, weights = _unpack(arguments)
-    return h.new_empty(h.shape), portable.empty_sweeps(h, weights.mlp0_w.shape[0])
+    return h.new_empty(h.shape), portable.empty_sweeps(h)
 
 
 @_backward_op.register_fake

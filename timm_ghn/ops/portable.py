@@ -41,34 +41,70 @@ class Sweep(NamedTuple):
 
     before: Tensor  # d, the states that the sweep finds
     message: Tensor  # d, the sum that reaches each node
-    reset_update: Tensor  # 2d, the gates r and z
-    candidate: Tensor  # d, n
-    recurrent: Tensor  # d, the part of n that r scales
-    hidden: Tensor  # 2 hidden, the message mlps' hidden layers
     sent: Tensor  # 2d, each node's two messages; read as [2N, d], the message table
+
+
+def empty_sweeps(h: Tensor) -> Tensor:
+    """[2, 4N, d]: the one buffer that goes from forward to backward."""
+    return h.new_empty(2, 4 * h.shape[0], h.shape[1])
+
+
+def sweeps(saved: Tensor) -> list[Sweep]:
+    """Views of the buffer's two sweeps."""
+    nodes, d = saved.shape[1] // 4, saved.shape[2]
+    return [Sweep(block[:nodes], block[nodes : 2 * nodes], block[2 * nodes :].view(nodes, 2 * d)) for block in saved]
+
+
+class Mlps(NamedTuple):
+    """Both message mlps as one that has their outputs side by side."""
+
+    w0: Tensor  # [2 hidden, d]
+    b0: Tensor
+    w2: Tensor  # [2d, 2 hidden], block-diagonal
+    b2: Tensor
+
+    @classmethod
+    def of(cls, weights: Weights) -> Mlps:
+        return cls(
+            torch.cat((weights.mlp0_w, weights.ve0_w)),
+            torch.cat((weights.mlp0_b, weights.ve0_b)),
+            torch.block_diag(weights.mlp2_w, weights.ve2_w),
+            torch.cat((weights.mlp2_b, weights.ve2_b)),
+        )
+
+
+class Replay(NamedTuple):
+    """What a sweep computed inside its nodes and did not keep, found again for all nodes at once: [N, ...]."""
+
+    hidden: Tensor  # 2 hidden, the message mlps' hidden layers
+    reset: Tensor  # d, the gate r
+    update: Tensor  # d, the gate z
+    gates: Tensor  # 3d, the derivative of a node's new state by what enters its three gates: it is diagonal
+
+    @classmethod
+    def of(cls, sweep: Sweep, after: Tensor, mlps: Mlps, weights: Weights) -> Replay:
+        d = after.shape[1]
+        by_message = torch.addmm(weights.gru_b_ih, sweep.message, weights.gru_w_ih.t())
+        by_state = torch.addmm(weights.gru_b_hh, sweep.before, weights.gru_w_hh.t())
+        r, z = (by_message[:, : 2 * d] + by_state[:, : 2 * d]).sigmoid_().split(d, 1)
+        n = torch.addcmul(by_message[:, 2 * d :], r, by_state[:, 2 * d :]).tanh_()
+        by_n = (1 - z) * (1 - n * n)
+        by_z = (sweep.before - n) * z * (1 - z)
+        by_r = by_n * by_state[:, 2 * d :] * r * (1 - r)
+        return cls(torch.addmm(mlps.b0, after, mlps.w0.t()).relu_(), r, z, torch.cat((by_r, by_z, by_n), 1))
 
 
 class Slopes(NamedTuple):
     """Gradients that a sweep's backward pass finds node by node: [N, ...] by position, before any activation."""
 
     gates: Tensor  # 3d, by the GRU's product with the message
-    hidden: Tensor  # 2 hidden
-    sent: Tensor  # 2d
+    hidden: Tensor  # 2 hidden, by the message mlps' hidden layers
+    sent: Tensor  # 2d, by the messages
 
-
-def empty_sweeps(h: Tensor, hidden: int) -> Tensor:
-    """[2, N, width]: the one buffer that goes from forward to backward."""
-    return h.new_empty(2, h.shape[0], 8 * h.shape[1] + 2 * hidden)
-
-
-def sweeps(saved: Tensor, d: int) -> list[Sweep]:
-    """Views of the buffer's two sweeps."""
-    nodes, width = saved.shape[1:]
-    widths = (d, d, 2 * d, d, d, width - 8 * d, 2 * d)
-    return [
-        Sweep(*(part.view(nodes, w) for part, w in zip(block.split([nodes * w for w in widths]), widths, strict=True)))
-        for block in saved.flatten(1)
-    ]
+    @classmethod
+    def empty(cls, sweep: Sweep, replay: Replay) -> Slopes:
+        """Room for them."""
+        return cls(torch.empty_like(replay.gates), torch.empty_like(replay.hidden), torch.empty_like(sweep.sent))
 
 
 class _Lists(NamedTuple):
@@ -99,16 +135,13 @@ def forward(h: Tensor, topology: Topology, weights: Weights) -> tuple[Tensor, Te
     d = h.shape[1]
     levels = topology.level_ptr.tolist()
     sizes = [b - a for a, b in pairwise(levels)]
-    saved = empty_sweeps(h, weights.mlp0_w.shape[0])
-    up, down = sweeps(saved, d)
+    saved = empty_sweeps(h)
+    up, down = sweeps(saved)
     torch.index_select(h, 0, topology.order, out=up.before)
     after = torch.empty_like(up.before)
 
-    # Both message mlps as one with the outputs side by side.
-    w0 = torch.cat((weights.mlp0_w, weights.ve0_w)).t()
-    w2 = torch.block_diag(weights.mlp2_w, weights.ve2_w).t()
-    b0, b2 = torch.cat((weights.mlp0_b, weights.ve0_b)), torch.cat((weights.mlp2_b, weights.ve2_b))
-    w_ih = weights.gru_w_ih.t()
+    mlps = Mlps.of(weights)
+    w0, w2, w_ih = mlps.w0.t(), mlps.w2.t(), weights.gru_w_ih.t()
     incoming = _Lists.cut(topology.in_ptr, topology.in_index, topology.in_distance, levels, False, h)
     outgoing = _Lists.cut(topology.out_ptr, topology.out_index, topology.out_distance, levels, False, h)
     ascending = range(len(sizes))
@@ -117,88 +150,74 @@ def forward(h: Tensor, topology: Topology, weights: Weights) -> tuple[Tensor, Te
         (down, after, ascending[::-1], outgoing),
     ):
         gates = torch.addmm(weights.gru_b_hh, sweep.before, weights.gru_w_hh.t())
-        sweep.recurrent.copy_(gates[:, 2 * d :])
+        recurrent = gates[:, 2 * d :].clone()
         gates[:, 2 * d :] = 0
         gates += weights.gru_b_ih
         table = sweep.sent.view(-1, d)
-        reset, update = sweep.reset_update.split(d, 1)
-        parts = (gates, gates[:, : 2 * d], gates[:, 2 * d :], *sweep, reset, update, states)
+        parts = (*sweep, states, gates, gates[:, : 2 * d], *gates.split(d, 1), recurrent)
         views = list(zip(*(part.split(sizes) for part in parts), strict=True))
         for level in schedule:
-            pre, pre_ru, pre_n, before, message, ru, n, recurrent, hidden, sent, r, z, state = views[level]
+            before, message, sent, state, gates_, reset_update, r, z, n, hn = views[level]
             message.copy_(lists.add_up(table, level))
-            pre.addmm_(message, w_ih)
-            torch.sigmoid(pre_ru, out=ru)
-            torch.addcmul(pre_n, r, recurrent, out=n).tanh_()
+            gates_.addmm_(message, w_ih)
+            reset_update.sigmoid_()
+            n.addcmul_(r, hn).tanh_()
             torch.lerp(n, before, z, out=state)
-            torch.addmm(b0, state, w0, out=hidden).relu_()
-            torch.addmm(b2, hidden, w2, out=sent).relu_()
+            hidden = torch.addmm(mlps.b0, state, w0).relu_()
+            torch.addmm(mlps.b2, hidden, w2, out=sent).relu_()
 
     return torch.empty_like(after).index_copy_(0, topology.order, after), saved
 
 
 def backward(grad: Tensor, out: Tensor, saved: Tensor, topology: Topology, weights: Weights) -> list[Tensor]:
     """Gradients of the states and of the twelve weights."""
-    d = out.shape[1]
     levels = topology.level_ptr.tolist()
     sizes = [b - a for a, b in pairwise(levels)]
-    up, down = sweeps(saved, d)
-    w0 = torch.cat((weights.mlp0_w, weights.ve0_w))
-    w2 = torch.block_diag(weights.mlp2_w, weights.ve2_w)
+    mlps = Mlps.of(weights)
+    up, down = sweeps(saved)
     incoming = _Lists.cut(topology.in_ptr, topology.in_index // 2, topology.in_distance, levels, True, out)
     outgoing = _Lists.cut(topology.out_ptr, topology.out_index // 2, topology.out_distance, levels, True, out)
     ascending = range(len(sizes))
     grad = grad[topology.order]
-    slopes = []
-    for sweep, schedule, lists in ((down, ascending, incoming), (up, ascending[::-1], outgoing)):
-        # The derivative of a node's new state by what enters its three gates is diagonal and known from the forward
-        # pass; so is what the ReLUs let through.
-        r, z = sweep.reset_update.split(d, 1)
-        n = sweep.candidate
-        by_n = (1 - z) * (1 - n * n)
-        by_z = (sweep.before - n) * z * (1 - z)
-        by_r = by_n * sweep.recurrent * r * (1 - r)
-        by_gates = torch.stack((by_r, by_z, by_n), 1)
-        sent_on, hidden_on = ((x > 0).to(x.dtype) for x in (sweep.sent, sweep.hidden))
-
-        gates, message = torch.empty_like(by_gates), torch.empty_like(grad)
-        found = Slopes(gates.flatten(1), torch.empty_like(hidden_on), torch.empty_like(sent_on))
-        parts = (grad, grad[:, None], by_gates, sent_on, hidden_on, message, gates, *found)
-        views = list(zip(*(part.split(sizes) for part in parts), strict=True))
+    by_weights = []
+    for sweep, after, schedule, lists in (
+        (down, out[topology.order], ascending, incoming),
+        (up, down.before, ascending[::-1], outgoing),
+    ):
+        replay = Replay.of(sweep, after, mlps, weights)
+        slopes = Slopes.empty(sweep, replay)
+        by_message = torch.empty_like(grad)
+        hidden_on, sent_on = ((x > 0).to(x.dtype) for x in (replay.hidden, sweep.sent))
+        three = (len(grad), 3, grad.shape[1])
+        known = (grad, grad[:, None], replay.gates.view(three), hidden_on, sent_on)
+        found = (by_message, slopes.gates.view(three), *slopes)
+        views = list(zip(*(part.split(sizes) for part in (*known, *found)), strict=True))
         for level in schedule:
-            g, g_wide, by, s_on, h_on, g_message, g_gates_wide, g_gates, g_hidden, g_sent = views[level]
-            torch.mul(lists.add_up(message, level).view_as(s_on), s_on, out=g_sent)
-            torch.mm(g_sent, w2, out=g_hidden).mul_(h_on)
-            g.addmm_(g_hidden, w0)
-            torch.mul(g_wide, by, out=g_gates_wide)
+            g, g_wide, gates, h_on, s_on, g_message, g_gates_wide, g_gates, g_hidden, g_sent = views[level]
+            torch.mul(lists.add_up(by_message, level).view_as(s_on), s_on, out=g_sent)
+            torch.mm(g_sent, mlps.w2, out=g_hidden).mul_(h_on)
+            g.addmm_(g_hidden, mlps.w0)
+            torch.mul(g_wide, gates, out=g_gates_wide)
             torch.mm(g_gates, weights.gru_w_ih, out=g_message)
-        slopes.append(found)
-        grad = torch.addmm(grad * z, recurrent_slopes(found, sweep), weights.gru_w_hh)
+        by_weights.append(weight_gradients(sweep, after, replay, slopes))
+        grad = torch.addmm(grad * replay.update, recurrent_slopes(slopes, replay), weights.gru_w_hh)
 
-    return [
-        torch.empty_like(grad).index_copy_(0, topology.order, grad),
-        *weight_gradients(((up, down.before, slopes[1]), (down, out[topology.order], slopes[0]))),
-    ]
+    by_h = torch.empty_like(grad).index_copy_(0, topology.order, grad)
+    return [by_h, *(a + b for a, b in zip(*by_weights, strict=True))]
 
 
-def recurrent_slopes(slopes: Slopes, sweep: Sweep) -> Tensor:
-    """[N, 3d] gradients by the GRU's product with the state: those by the other product, but r scales the last part."""
-    d = sweep.before.shape[1]
+def recurrent_slopes(slopes: Slopes, replay: Replay) -> Tensor:
+    """[N, 3d] gradients by the GRU's product with the state: as by the other product, but r scales the last part."""
+    d = replay.reset.shape[1]
     reset_update, candidate = slopes.gates.split((2 * d, d), 1)
-    return torch.cat((reset_update, candidate * sweep.reset_update[:, :d]), 1)
+    return torch.cat((reset_update, candidate * replay.reset), 1)
 
 
-def weight_gradients(passes: tuple[tuple[Sweep, Tensor, Slopes], ...]) -> list[Tensor]:
-    """Gradients of the weights, from each sweep's record, the states after it and the slopes found in it."""
-    total: list[Tensor] = []
-    for sweep, after, slopes in passes:
-        grads = []
-        hidden = sweep.hidden.shape[1] // 2
-        for by_sent, by_hidden, h in zip(
-            slopes.sent.chunk(2, 1), slopes.hidden.split(hidden, 1), sweep.hidden.split(hidden, 1), strict=True
-        ):
-            grads += [by_hidden.t() @ after, by_hidden.sum(0), by_sent.t() @ h, by_sent.sum(0)]
-        by_hh = recurrent_slopes(slopes, sweep)
-        grads += [slopes.gates.t() @ sweep.message, by_hh.t() @ sweep.before, slopes.gates.sum(0), by_hh.sum(0)]
-        total = [a + b for a, b in zip(total, grads, strict=True)] if total else grads
-    return total
+def weight_gradients(sweep: Sweep, after: Tensor, replay: Replay, slopes: Slopes) -> list[Tensor]:
+    """A sweep's share of the twelve weights' gradients."""
+    grads = []
+    by_sents, by_hiddens, hiddens = (x.tensor_split(2, 1) for x in (slopes.sent, slopes.hidden, replay.hidden))
+    for by_sent, by_hidden, hidden in zip(by_sents, by_hiddens, hiddens, strict=True):
+        grads += [by_hidden.t() @ after, by_hidden.sum(0), by_sent.t() @ hidden, by_sent.sum(0)]
+    by_hh = recurrent_slopes(slopes, replay)
+    return [*grads, slopes.gates.t() @ sweep.message, by_hh.t() @ sweep.before, slopes.gates.sum(0), by_hh.sum(0)]
