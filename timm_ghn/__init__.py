@@ -1,1 +1,35 @@
-"""Predicted parameters for every architecture in timm."""
+"""Predicted weights for every architecture in timm.
+
+Importing this package makes graph hypernetworks known to timm: ``timm.create_model("resnet50", pretrained_cfg="ghn2")``.
+"""
+
+from __future__ import annotations
+
+from .assign import Prediction, Report, initialize, predict
+from .errors import CheckpointError, GHNError, PredictionError, TraceError
+from .graph import ComputationGraph, trace
+from .hub import list_ghns, load_ghn, register
+from .hypernet import GHN, GHNConfig
+from .plugin import install, uninstall
+
+__all__ = [
+    "GHN",
+    "CheckpointError",
+    "ComputationGraph",
+    "GHNConfig",
+    "GHNError",
+    "Prediction",
+    "PredictionError",
+    "Report",
+    "TraceError",
+    "initialize",
+    "install",
+    "list_ghns",
+    "load_ghn",
+    "predict",
+    "register",
+    "trace",
+    "uninstall",
+]
+
+install()

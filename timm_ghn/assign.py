@@ -73,7 +73,11 @@ class Prediction(Mapping[str, torch.Tensor]):
 
 
 def tile(source: torch.Tensor, shape: torch.Size | tuple[int, ...]) -> torch.Tensor:
-    """Repeats `source` along every dimension until `shape` is covered, and cuts what is over; differentiable."""
+    """Repeats `source` along every dimension until `shape` is covered, and cuts what is over; differentiable.
+
+    Dimensions that `source` lacks at the end count as 1: a constant fits all, a matrix fits a 1x1 convolution.
+    """
+    source = _with_dims(source, len(shape))
     if source.shape == tuple(shape):
         return source
     repeats = [-(-wanted // have) for wanted, have in zip(shape, source.shape, strict=True)]
@@ -82,6 +86,7 @@ def tile(source: torch.Tensor, shape: torch.Size | tuple[int, ...]) -> torch.Ten
 
 def tile_into(target: torch.Tensor, source: torch.Tensor) -> None:
     """Writes ``tile(source, target.shape)`` into `target`, each element once and without a temporary of its size."""
+    source = _with_dims(source, target.ndim)
     segments = []
     for wanted, have in zip(target.shape, source.shape, strict=True):
         whole = wanted // have * have
@@ -94,6 +99,10 @@ def tile_into(target: torch.Tensor, source: torch.Tensor) -> None:
             view = view.narrow(dim, start, length).unflatten(dim, (length // have, have))
             part = part.narrow(dim, 0, have).unsqueeze(dim)
         view.copy_(part)
+
+
+def _with_dims(source: torch.Tensor, dims: int) -> torch.Tensor:
+    return source.view(*source.shape, *(1,) * (dims - source.ndim))
 
 
 def predict(
@@ -142,21 +151,16 @@ def predict_from_graph(
     """Predicts named parameters whose graph is known; see `predict`."""
     classes = [parameters[name].shape[0] for name in graph.head]
     predict_head = head == "predict" or (head == "auto" and all(size == ghn.config.num_classes for size in classes))
-    training = ghn.training
-    ghn.eval()
     with torch.no_grad():
         (predicted,) = ghn([graph], predict_head=predict_head)
-    ghn.train(training)
 
-    kept = dict(graph.kept)
+    kept = {name: reason for name, reason in graph.kept.items() if name not in predicted}
     if not predict_head:
         reason = "head=keep" if head == "keep" else f"head: the checkpoint has {ghn.config.num_classes} classes"
         kept.update(dict.fromkeys(graph.head, reason))
-    tiles = {
-        name: _checked(name, tensor, parameters[name])
-        for name, tensor in predicted.items()
-        if name in parameters and name not in kept
-    }
+    tiles = {name: tensor for name, tensor in predicted.items() if name in parameters and name not in kept}
+    for name, tensor in tiles.items():
+        _check(name, tensor, parameters[name])
     missing = parameters.keys() - tiles.keys() - kept.keys()
     if missing:
         raise PredictionError(f"No prediction and no reason for {sorted(missing)[0]}; please report this architecture.")
@@ -169,16 +173,14 @@ def predict_from_graph(
     return Prediction(tiles, {name: parameters[name].shape for name in tiles}, report)
 
 
-def _checked(name: str, tensor: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
-    if parameter.shape[tensor.ndim :].numel() == 1:
-        tensor = tensor.view(*tensor.shape, *parameter.shape[tensor.ndim :])  # a classifier written as a 1x1 convolution
+def _check(name: str, tensor: torch.Tensor, parameter: nn.Parameter) -> None:
     if not parameter.is_floating_point():
         raise PredictionError(f"{name} is {parameter.dtype}; only floating-point parameters can be predicted.")
-    if tensor.ndim != parameter.ndim or tensor.numel() == 0 and parameter.numel() > 0:
+    trailing = parameter.shape[tensor.ndim :]
+    if tensor.ndim > parameter.ndim or (tensor.ndim and trailing.numel() > 1) or tensor.numel() == 0:
         raise PredictionError(f"{name} has shape {tuple(parameter.shape)}, its prediction {tuple(tensor.shape)}.")
     if not torch.isfinite(tensor).all():
         raise PredictionError(f"The prediction for {name} is not finite; the GHN's weights are damaged or too large.")
-    return tensor
 
 
 def initialize(

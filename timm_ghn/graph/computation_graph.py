@@ -18,6 +18,9 @@ NORM_PRIMITIVES = frozenset({"bn", "ln"})
 PARAMETER_PRIMITIVES = WEIGHT_PRIMITIVES | NORM_PRIMITIVES | {"bias", "pos_enc"}
 """Primitives whose nodes are named by a parameter of the model; the others are named by the op that made them."""
 
+BRANCH_SCALE = "scale of a residual branch"
+"""Why a layer scale or skip-init gain has no node; a GHN may have been trained with a value for it."""
+
 
 @dataclass(frozen=True)
 class ComputationGraph:

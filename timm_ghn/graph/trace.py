@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import TraceError
-from .computation_graph import NORM_PRIMITIVES, WEIGHT_PRIMITIVES, ComputationGraph
+from .computation_graph import BRANCH_SCALE, NORM_PRIMITIVES, WEIGHT_PRIMITIVES, ComputationGraph
 from .shortest_paths import with_virtual_edges
 from .tape import Function, Size, input_candidates, meta_copy, record, run_on_meta
 
@@ -90,6 +90,7 @@ class _Tracer:
         self.edges: set[tuple[int, int]] = set()
         self.node_of: dict[str, int] = {}  # parameter name -> node
         self.kept = dict.fromkeys(frozen, "frozen (requires_grad=False)")
+        self.branch_scales: list[str] = []
 
         # Per function: its frontier if it carries data (None otherwise), the parameters it is made of if it does not,
         # and the attention node whose weights it carries to the product with the values.
@@ -221,7 +222,7 @@ class _Tracer:
             # Both factors are parameters or constants: a layer all the same if one belongs to a layer (the query of a
             # learned token, a network over coordinates), else only a transformed parameter.
             names = [name for name in names if isinstance(self.owners[name], _LAYER_CLASSES)]
-        matrices = [name for name in names if sum(size > 1 for size in self.parameters[name].shape) > 1]
+        matrices = [name for name in names if _varied_dims(self.parameters[name]) > 1]
         largest = sorted(names, key=lambda name: -self.parameters[name].numel())[:1]
         return matrices or largest
 
@@ -254,6 +255,8 @@ class _Tracer:
             return reach if index in self.squeezes else self._op_node("glob_avg", function, reach)
         if op == "Add" and parameters:
             return self._added_parameter(index, function, parameters, reach)
+        if op == "Mul" and parameters and self._joins_a_residual(index):
+            self.branch_scales += [name for name in parameters if _varied_dims(self.parameters[name]) <= 1]
         if len(reach) > 1 and (op in ("Add", "Sub") or op in _CONCAT) and len(data) > 1:
             return self._op_node("concat" if op in _CONCAT else "sum", function, reach)
         if index in self.gate_slot and len(reach) > 1 and self._gate_is_seen(index):
@@ -277,13 +280,24 @@ class _Tracer:
         for name in parameters:
             parameter = self.parameters[name]
             behind = {self.node_of.get(sibling) for sibling in self._siblings(name)} & reach
-            if len(behind) == len(reach) == 1 and sum(size > 1 for size in parameter.shape) <= 1:
+            if len(behind) == len(reach) == 1 and _varied_dims(parameter) <= 1:
                 reach = self._parameter_node(name, "bias", reach)
             elif index not in self.is_logit and _is_position_embedding(name, parameter, function.shape):
                 if name not in self.node_of and name not in self.kept:
                     self._parameter_node(name, "pos_enc", frozenset())
                     reach = self._op_node("sum", function, reach | {self.node_of[name]})
         return reach
+
+    def _joins_a_residual(self, index: int) -> bool:
+        """Whether a scaled branch goes straight into a sum: layer scale, skip-init gain."""
+        while len(self.readers[index]) == 1:
+            (index,) = self.readers[index]
+            function = self.tape[index]
+            if function.op == "Add":
+                return None not in function.inputs
+            if sum(source is not None for source in function.inputs) > 1:
+                return False
+        return False
 
     def _gate_is_seen(self, index: int) -> bool:
         """Whether the published code sees this gate, which its checkpoints were trained with.
@@ -362,6 +376,8 @@ class _Tracer:
                 continue
             if name not in reached:
                 self.kept[name] = "not used by the forward pass"
+            elif name in self.branch_scales:
+                self.kept[name] = BRANCH_SCALE
             else:
                 self.kept[name] = _kept_reason(name, parameter)
 
@@ -432,6 +448,11 @@ def _numel(shape: Size) -> int:
     return torch.Size(shape).numel()
 
 
+def _varied_dims(parameter: torch.Tensor) -> int:
+    """Dimensions along which a parameter can vary."""
+    return sum(size > 1 for size in parameter.shape)
+
+
 def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() or isinstance(
         module, (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
@@ -469,8 +490,7 @@ def _pool_kernel(function: Function) -> Size | None:
 def _is_position_embedding(name: str, parameter: nn.Parameter, shape: Size) -> bool:
     """A table that varies over positions and channels and is added to features, as opposed to a per-channel shift."""
     local = name.rpartition(".")[2]
-    varied = sum(size > 1 for size in parameter.shape)
-    return varied > 1 and ("pos" in local or parameter.numel() == _numel(shape))
+    return _varied_dims(parameter) > 1 and ("pos" in local or parameter.numel() == _numel(shape))
 
 
 def _kept_reason(name: str, parameter: nn.Parameter) -> str:
@@ -481,6 +501,6 @@ def _kept_reason(name: str, parameter: nn.Parameter) -> str:
         return "learned token"
     if "pos" in local:
         return "position table of an unusual layout"
-    if sum(size > 1 for size in parameter.shape) <= 1:
-        return "scale or shift of a branch"
+    if _varied_dims(parameter) <= 1:
+        return "scale or shift without a norm"
     return "no primitive for it"

@@ -22,6 +22,9 @@ class GHNConfig:
         layernorm: A layer norm before the decoders.
         heads: Attention heads of a Graphormer layer.
         layers: Graphormer layers.
+        branch_scale: Value of residual-branch scales (layer scale, skip-init gain) that the GHN was trained with. Inits
+            such as 1e-6 switch branches off until training switches them on, and with them what was predicted for the
+            branch. None, as in the published checkpoints, leaves them as they are.
     """
 
     num_classes: int
@@ -34,6 +37,7 @@ class GHNConfig:
     layernorm: bool = True
     heads: int = 8
     layers: int = 1
+    branch_scale: float | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in (("hypernet", ("gatedgnn", "graphormer", "mlp")), ("decoder", ("conv", "mlp"))):

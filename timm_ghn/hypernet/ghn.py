@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
+from huggingface_hub import ModelHubMixin
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from ..graph.computation_graph import NORM_PRIMITIVES, PARAMETER_PRIMITIVES, PRIMITIVES, ComputationGraph
+from ..graph.computation_graph import BRANCH_SCALE, NORM_PRIMITIVES, PARAMETER_PRIMITIVES, PRIMITIVES, ComputationGraph
 from .config import GHNConfig
 from .decoder import ConvDecoder, MLPDecoder
 from .encoder import Shape4d, ShapeEncoder, shape_to_4d
@@ -19,8 +25,18 @@ from .message_passing import MAX_DEGREE, MAX_INPUT_DISTANCE, MLP, GatedGNN, Grap
 _PRIMITIVE_INDEX = {name: index for index, name in enumerate(PRIMITIVES)}
 
 
-class GHN(nn.Module):
-    """GHN-1, GHN-2, GHN-3 and the MLP baseline, by config; module names are the published checkpoints' keys."""
+class GHN(
+    nn.Module,
+    ModelHubMixin,
+    library_name="timm-ghn",
+    tags=["graph-hypernetwork", "timm"],
+    repo_url="https://github.com/timm-ghn/timm-ghn",
+    license="apache-2.0",
+):  # type: ignore[misc]
+    """GHN-1, GHN-2, GHN-3 and the MLP baseline, by config; module names are the published checkpoints' keys.
+
+    `from_pretrained`, `save_pretrained` and `push_to_hub` are huggingface_hub's, with safetensors as the only format.
+    """
 
     def __init__(self, config: GHNConfig):
         super().__init__()
@@ -47,6 +63,20 @@ class GHN(nn.Module):
         """Name and shape of every tensor a checkpoint of this config holds."""
         with torch.device("meta"):
             return {name: tuple(tensor.shape) for name, tensor in cls(config).state_dict().items()}
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in self.state_dict().items()}
+        config = self.config.to_dict()
+        # The config travels inside the file as well, so that the file alone is a checkpoint.
+        save_file(tensors, save_directory / "model.safetensors", metadata={"config": json.dumps(config)})
+        (save_directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, revision: str | None, **_: Any) -> GHN:
+        from ..hub import load_ghn  # the loader builds GHNs, so it cannot be imported above
+
+        source = model_id if Path(model_id).exists() else f"hf-hub:{model_id}" + (f"@{revision}" if revision else "")
+        return copy.deepcopy(load_ghn(source))  # the loader shares what it loaded
 
     def node_states(self, graphs: Sequence[ComputationGraph], predict_head: bool = True) -> torch.Tensor:
         """States [N, d] of all nodes of the graphs, one graph after the other, ready for the decoders."""
@@ -110,7 +140,7 @@ class GHN(nn.Module):
         def states(nodes: list[tuple[int, int]]) -> torch.Tensor:
             return x[torch.tensor([starts[g] + node for g, node in nodes], device=x.device)]
 
-        predicted: list[dict[str, torch.Tensor]] = [{} for _ in graphs]
+        predicted = [self._branch_scales(graph) for graph in graphs]
         if vectors:
             weights, biases = self._vectors(states(vectors))
             for (g, node), weight, bias in zip(vectors, weights.unbind(), biases.unbind(), strict=True):
@@ -138,6 +168,12 @@ class GHN(nn.Module):
                 assert shape is not None
                 predicted[g][graphs[g].names[node]] = self._normalised_kernel(weight, shape)
         return predicted
+
+    def _branch_scales(self, graph: ComputationGraph) -> dict[str, torch.Tensor]:
+        if self.config.branch_scale is None:
+            return {}
+        value = self.embed.weight.new_tensor(self.config.branch_scale)
+        return {name: value for name, reason in graph.kept.items() if reason == BRANCH_SCALE}
 
     def _decoded_shape(self, shape: tuple[int, ...]) -> Shape4d:
         """The shape to decode for a parameter; grouping by it lets one call serve every node that needs the same."""
