@@ -17,15 +17,41 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from timm_ghn.training.deepnets import DEEPNETS_FAMILIES
 from timm_ghn.training.sampling import Config, Cost, Draw, Family
 from timm_ghn.training.timm_families import TIMM_FAMILIES
 
+
+@dataclass(frozen=True)
+class Split:
+    """How many networks a split has, and what it draws unless told otherwise."""
+
+    size: int
+    families: tuple[str, ...]
+    max_macs: int
+    max_params: int
+
+
 FAMILIES: dict[str, dict[str, Family]] = {
     "timm": {family.name: family for family in TIMM_FAMILIES},
+    "deepnets": {family.name: family for family in DEEPNETS_FAMILIES},
 }
 
-SPLITS: dict[str, dict[str, int]] = {
-    "timm": {"train": 1_000_000, "val": 500, "test": 500},
+SPLITS: dict[str, dict[str, Split]] = {
+    "timm": {
+        split: Split(size, tuple(FAMILIES["timm"]), 25_000_000, 10_000_000)
+        for split, size in (("train", 1_000_000), ("val", 500), ("test", 500))
+    },
+    "deepnets": {
+        **{
+            split: Split(size, ("cells", "transformer_cells"), 50_000_000, 10_000_000)
+            for split, size in (("train", 1_000_000), ("val", 500), ("test", 500))
+        },
+        **{
+            split: Split(100, (f"{split}_cells", f"{split}_transformer_cells"), 200_000_000, 40_000_000)
+            for split in ("wide", "deep", "dense", "bnfree")
+        },
+    },
 }
 
 # Enough that even a family that seldom fits the limits is found, few enough that impossible limits end soon.
@@ -75,6 +101,15 @@ class Architecture:
     def __hash__(self) -> int:
         return hash(self.key)
 
+    @property
+    def fixed_size(self) -> bool:
+        """Whether the module only takes images of the size it is built for.
+
+        All others are best traced at the size that users trace at: where the last maps of a small image are down to
+        one pixel, a squeeze-excite can no longer be told from a global pooling.
+        """
+        return FAMILIES[self.source][self.family].fixed_size
+
     def build(self, num_classes: int, in_chans: int = 3, image_size: int = 32) -> nn.Module:
         """A fresh module, on whatever device context is active.
 
@@ -106,8 +141,8 @@ def architecture(
     index: int,
     *,
     families: Sequence[str] | None = None,
-    max_macs: int = 25_000_000,
-    max_params: int = 10_000_000,
+    max_macs: int | None = None,
+    max_params: int | None = None,
     image_size: int = 32,
 ) -> Architecture:
     """The architecture at a place of a split.
@@ -115,10 +150,11 @@ def architecture(
     Args:
         source: "timm" or "deepnets".
         split: A key of `SPLITS[source]`.
-        index: 0 to the split's length - 1.
-        families: Families to draw from, each as likely as it is often named; all of the source's by default.
-        max_macs: Upper limit for the multiply-accumulates of one image; costlier draws are skipped.
-        max_params: Upper limit for the number of parameters, likewise.
+        index: 0 to the split's size - 1.
+        families: Families to draw from, each as likely as it is often named; by default the split's.
+        max_macs: Upper limit for the multiply-accumulates of one image; costlier draws are skipped. By default the
+            split's: 25 million for timm's kind, 50 for DeepNets-1M's, 200 for its four out-of-distribution splits.
+        max_params: Upper limit for the number of parameters, likewise: 10 million, or 40 out of distribution.
         image_size: Side of the image that the limits are meant for.
 
     Raises:
@@ -128,9 +164,12 @@ def architecture(
         raise ValueError(f"Unknown architecture source {source!r}; choose from {', '.join(FAMILIES)}.")
     if split not in SPLITS[source]:
         raise ValueError(f"Source {source!r} has no split {split!r}; choose from {', '.join(SPLITS[source])}.")
-    if not 0 <= index < SPLITS[source][split]:
-        raise ValueError(f"Index {index} is outside split {split!r} of {SPLITS[source][split]} architectures.")
-    names = tuple(FAMILIES[source]) if families is None else tuple(families)
+    plan = SPLITS[source][split]
+    if not 0 <= index < plan.size:
+        raise ValueError(f"Index {index} is outside split {split!r} of {plan.size} architectures.")
+    names = plan.families if families is None else tuple(families)
+    max_macs = plan.max_macs if max_macs is None else max_macs
+    max_params = plan.max_params if max_params is None else max_params
     unknown = sorted(set(names) - set(FAMILIES[source]))
     if unknown or not names:
         raise ValueError(f"Families {unknown} are not among source {source!r}'s: {', '.join(FAMILIES[source])}.")
@@ -140,7 +179,7 @@ def architecture(
     for _ in range(_MAX_DRAWS):
         config = family.sample(draw)
         candidate = Architecture(source, family.name, config)
-        if _owner(candidate) != split:
+        if split in ("train", "val", "test") and _owner(candidate) != split:
             continue
         cost = family.cost(config, 10, 3, image_size)
         if cost.macs <= max_macs and cost.params <= max_params:

@@ -82,6 +82,7 @@ class Family:
         sample: Draws a configuration of plain numbers, strings, lists and dicts.
         build: (config, num_classes, in_chans, image_size) to a fresh module.
         cost: (config, num_classes, in_chans, image_size) to its `Cost`, without building anything.
+        fixed_size: Whether the module only takes images of the size it was built for.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Family:
     sample: Callable[[Draw], Config]
     build: Callable[[Config, int, int, int], nn.Module] = field(repr=False)
     cost: Callable[[Config, int, int, int], Cost] = field(repr=False)
+    fixed_size: bool = False
 
 
 def halve(size: int) -> int:

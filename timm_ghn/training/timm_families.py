@@ -120,7 +120,7 @@ def _sample_resnet(draw: Draw, block: str, variant: str = "") -> Config:
         "stem_stride": 1 if stem == "3x3" and draw.chance(0.3) else 2,
         "pool": draw.chance(0.7 if stem == "7x7" else 0.4),
         "widths": _widths(draw, width if draw.chance(0.8) else draw.choice(_STEM_WIDTHS), stages),
-        "depths": _depths(draw, stages, 3),
+        "depths": _depths(draw, stages, draw.choice((2, 3, 3, 3, 6))),
         "avg_down": draw.chance(0.2),
         "groups": 1,
         "base_width": 64,
@@ -279,14 +279,17 @@ def _cost_regnet(config: Config, num_classes: int, in_chans: int, image_size: in
 def _sample_byobnet(draw: Draw, block: str) -> Config:
     stages = draw.choice((3, 4, 4))
     first = draw.choice(_STEM_WIDTHS)
+    pool = block != "rep" and draw.chance(0.4)
+    # Beyond a total stride of 32, ByobNet would dilate instead.
+    first_stride = 2 if block == "rep" else 1 if pool else draw.choice((1, 2))
     return {
         "block": block,
         "stem": "rep" if block == "rep" else draw.choice(("3x3", "7x7", "tiered")),
         "stem_width": min(64, first),
-        "pool": block != "rep" and draw.chance(0.4),
+        "pool": pool,
         "widths": _widths(draw, first, stages),
         "depths": _depths(draw, stages, 3),
-        "strides": [2 if block == "rep" else draw.choice((1, 2))] + [2] * (stages - 1),
+        "strides": [first_stride] + [2] * (stages - 1),
         "group_size": 0 if block == "rep" else draw.choice((0, 8, 16)),
     }
 
@@ -891,8 +894,8 @@ TIMM_FAMILIES = (
     _metaformer_family("poolformerv2"),
     _metaformer_family("convformer"),
     _metaformer_family("caformer"),
-    Family("vit", 2, _sample_vit, _build_vit, _cost_vit),
-    Family("mixer", 2, _sample_mixer, _build_mixer, _cost_mixer),
+    Family("vit", 2, _sample_vit, _build_vit, _cost_vit, fixed_size=True),
+    Family("mixer", 2, _sample_mixer, _build_mixer, _cost_mixer, fixed_size=True),
     Family("convmixer", 2, _sample_convmixer, _build_convmixer, _cost_convmixer),
-    Family("swin", 2, _sample_swin, _build_swin, _cost_swin),
+    Family("swin", 2, _sample_swin, _build_swin, _cost_swin, fixed_size=True),
 )

@@ -1,0 +1,153 @@
+"""Architectures by index: the same everywhere, in one split only, as costly as they say, and buildable."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from timm_ghn.graph import PRIMITIVES, trace
+from timm_ghn.training.architectures import FAMILIES, SPLITS, Architecture, architecture, families
+
+CASES = [
+    (source, split, name)
+    for source, splits in SPLITS.items()
+    for split, plan in splits.items()
+    if split not in ("val", "test")
+    for name in plan.families
+]
+
+# The networks that these places of the splits have always held. A change here is a change of every published figure.
+PINNED = {
+    ("timm", "train", 0): "8bd93f403e138750",
+    ("timm", "train", 999_999): "4dd812099748cc66",
+    ("timm", "val", 0): "0e4040423872c8b6",
+    ("timm", "test", 499): "122c829fc2d9e4c9",
+    ("deepnets", "train", 123_456): "a868d3e4c80f62ea",
+    ("deepnets", "test", 0): "1a2bab7a5bce3771",
+    ("deepnets", "wide", 1): "42e9ad74ddba04ed",
+    ("deepnets", "deep", 2): "bffcd017f4deafc3",
+    ("deepnets", "dense", 3): "89e29dc35fcec6f5",
+    ("deepnets", "bnfree", 99): "434e4b428f7bb315",
+}
+
+
+def first_of(source: str, split: str, name: str, index: int = 0) -> Architecture:
+    return architecture(source, split, index, families=[name])
+
+
+def test_every_family_is_in_a_split() -> None:
+    assert {(source, name) for source, _, name in CASES} == {
+        (s, name) for s, names in FAMILIES.items() for name in names
+    }
+    assert families("timm", max_tier=0) == ("plain", "residual", "bottleneck")
+
+
+def test_pinned() -> None:
+    assert {place: architecture(*place).key for place in PINNED} == PINNED
+
+
+def test_same_in_another_process() -> None:
+    program = (
+        "import json, sys; from timm_ghn.training.architectures import architecture;"
+        "print(json.dumps([architecture(*place).key for place in json.loads(sys.argv[1])]))"
+    )
+    places = [[source, split, index] for source in SPLITS for split in ("train", "val") for index in range(10)]
+    answer = subprocess.run([sys.executable, "-c", program, json.dumps(places)], capture_output=True, check=True)
+    assert json.loads(answer.stdout) == [architecture(*place).key for place in places]
+
+
+def test_draws_leave_global_random_state_alone() -> None:
+    before = random.getstate(), torch.get_rng_state()
+    architecture("timm", "train", 5).skeleton(10)
+    assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
+
+
+@pytest.mark.parametrize("source", SPLITS)
+def test_splits_are_disjoint_and_varied(source: str) -> None:
+    # Families of the out-of-distribution splits have names of their own; only what is built counts here.
+    keys = {
+        split: [replace(architecture(source, split, index), family="").key for index in range(100)]
+        for split in SPLITS[source]
+    }
+    for split, found in keys.items():
+        assert len(set(found)) > 90
+        for other in set(keys) - {split}:
+            assert not set(found) & set(keys[other])
+
+
+def test_splits_are_disjoint_where_networks_are_few() -> None:
+    """ConvMixer has some two thousand configurations: independent draws would meet again and again."""
+    keys = {
+        split: {first_of("timm", split, "convmixer", index).key for index in range(300)}
+        for split in ("train", "val", "test")
+    }
+    assert not keys["train"] & keys["val"] and not keys["train"] & keys["test"] and not keys["val"] & keys["test"]
+
+
+@pytest.mark.parametrize(("source", "split", "name"), CASES)
+@pytest.mark.parametrize(("num_classes", "in_chans", "size"), [(10, 3, 32), (200, 1, 64)])
+def test_cost_is_exact(source: str, split: str, name: str, num_classes: int, in_chans: int, size: int) -> None:
+    candidate = first_of(source, split, name, size)
+    if size == 32:
+        assert candidate.cost().macs <= SPLITS[source][split].max_macs
+        assert candidate.cost().params <= SPLITS[source][split].max_params
+    cost = candidate.cost(num_classes, in_chans, size)
+    model = candidate.skeleton(num_classes, in_chans, size).eval()
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        output = model(torch.empty(1, in_chans, size, size))
+    assert output.shape == (1, num_classes)
+    assert sum(parameter.numel() for parameter in model.parameters()) == cost.params, candidate
+    assert counter.get_total_flops() == 2 * cost.macs, candidate
+
+
+@pytest.mark.parametrize(("source", "split", "name"), [case for case in CASES if case[1] == "train"])
+def test_runs_with_gradients_to_every_parameter(source: str, split: str, name: str) -> None:
+    model = architecture(source, split, 1, families=[name], max_macs=6_000_000).build(10).train()
+    assert all(parameter.device.type == "cpu" for parameter in model.parameters())
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert [n for n, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+def test_skeleton_is_the_module_without_memory() -> None:
+    candidate = first_of("timm", "train", "caformer")
+    real, skeleton = candidate.build(10), candidate.skeleton(10)
+    assert all(parameter.is_meta for parameter in skeleton.parameters())
+    shapes = [{name: value.shape for name, value in model.state_dict().items()} for model in (real, skeleton)]
+    assert shapes[0] == shapes[1]
+
+
+def test_all_primitives_occur() -> None:
+    for source in FAMILIES:
+        seen: Counter[str] = Counter()
+        for index in range(24):
+            name = tuple(FAMILIES[source])[index % 2 if source == "deepnets" else index]
+            candidate = first_of(source, "train", name, index)
+            size = 32 if candidate.fixed_size else 224
+            seen.update(trace(candidate.skeleton(10), (3, size, size)).ops)
+        missing = set(PRIMITIVES) - set(seen)
+        assert missing <= ({"dil_conv"} if source == "timm" else set()), source
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"source": "torch"}, "Unknown architecture source 'torch'; choose from timm, deepnets"),
+        ({"split": "deep"}, "has no split 'deep'; choose from train, val, test"),
+        ({"index": 1_000_000}, "Index 1000000 is outside"),
+        ({"index": -1}, "Index -1 is outside"),
+        ({"families": ["resnet"]}, r"Families \['resnet'\] are not among"),
+        ({"families": []}, r"Families \[\] are not among"),
+        ({"families": ["swin"], "max_macs": 1000}, "No 'swin' network within 1,000"),
+    ],
+)
+def test_refusals(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        architecture(**{"source": "timm", "split": "train", "index": 0, **arguments})  # type: ignore[arg-type]
