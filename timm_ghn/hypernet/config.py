@@ -3,8 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
+
+_CHOICES: dict[str, tuple[str | bool, ...]] = {
+    "hypernet": ("gatedgnn", "graphormer", "mlp"),
+    "decoder": ("conv", "mlp", "lowrank"),
+    "weight_norm": (True, False),
+    "ve": (True, False),
+    "layernorm": (True, False),
+}
+# Whatever a file says, its tensors' sizes fit 63 bits, and it is built in seconds or refused.
+_LIMITS = {
+    "num_classes": 1 << 20, "max_shape": 1 << 16, "hid": 1 << 12, "heads": 1 << 12, "layers": 256, "rank": 1 << 12
+}  # fmt: skip
+_MAX_ELEMENTS = 1 << 34
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,12 +30,14 @@ class GHNConfig:
         max_shape: (out, in, height, width) of the largest kernel the decoder makes; larger ones are tiled.
         hid: Width d of a node's state.
         hypernet: Message passing: ``gatedgnn`` (GHN-1, GHN-2), ``graphormer`` (GHN-3) or ``mlp`` (no messages).
-        decoder: ``conv`` (GHN-1 to GHN-3) or ``mlp`` (the MLP baseline of arXiv 2110.13100).
+        decoder: ``conv`` (GHN-1 to GHN-3), ``mlp`` (the MLP baseline of arXiv 2110.13100) or ``lowrank`` (LoGAH, arXiv
+            2405.16287), for which `max_shape` starts with the widest layer's channels, those of its classes included.
         weight_norm: Fan-in normalisation of predicted parameters (arXiv 2110.13100, §3.2.3).
         ve: Virtual edges (ibid., eq. 4).
         layernorm: A layer norm before the decoders.
         heads: Attention heads of a Graphormer layer.
         layers: Graphormer layers.
+        rank: Rank of the low-rank decoder's matrices.
         branch_scale: Value of residual-branch scales (layer scale, skip-init gain) that the GHN was trained with. Inits
             such as 1e-6 switch branches off until training switches them on, and with them what was predicted for the
             branch. None, as in the published checkpoints, leaves them as they are.
@@ -37,20 +53,30 @@ class GHNConfig:
     layernorm: bool = True
     heads: int = 8
     layers: int = 1
+    rank: int = 32
     branch_scale: float | None = None
 
     def __post_init__(self) -> None:
-        for name, allowed in (("hypernet", ("gatedgnn", "graphormer", "mlp")), ("decoder", ("conv", "mlp"))):
+        for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"GHN config: {name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
-        sizes = (self.num_classes, self.hid, self.heads, self.layers, *self.max_shape)
-        if len(self.max_shape) != 4 or not all(isinstance(size, int) and 0 < size <= 1 << 20 for size in sizes):
-            raise ValueError(
-                f"GHN config: num_classes, hid, heads, layers and the four max_shape entries must be positive integers, "
-                f"got {self.to_dict()}."
-            )
+                expected = ", ".join(map(str, allowed))
+                raise ValueError(f"GHN config: {name} is {getattr(self, name)!r}; it must be one of {expected}.")
+        if len(self.max_shape) != 4 or math.prod(self.max_shape) > _MAX_ELEMENTS:
+            raise ValueError(f"GHN config: max_shape is {self.max_shape!r}; it must be four sizes of a kernel.")
+        sizes = [(name, getattr(self, name)) for name in _LIMITS if name != "max_shape"]
+        for name, size in (*sizes, *(("max_shape", size) for size in self.max_shape)):
+            if type(size) is not int or not 0 < size <= _LIMITS[name]:
+                limit = _LIMITS[name]
+                raise ValueError(f"GHN config: {name} has {size!r}; sizes must be positive integers up to {limit}.")
         if self.hid % 4 or (self.hypernet == "graphormer" and self.hid % self.heads):
             raise ValueError(f"GHN config: hid={self.hid} must be a multiple of 4 and of heads={self.heads}.")
+        if self.decoder == "lowrank" and self.num_classes > self.max_channels:
+            raise ValueError(
+                f"GHN config: with decoder=lowrank, max_shape={self.max_shape} must be as wide as the widest layer, but "
+                f"num_classes is {self.num_classes}."
+            )
+        if self.branch_scale is not None and not math.isfinite(self.branch_scale):
+            raise ValueError(f"GHN config: branch_scale is {self.branch_scale!r}; it must be finite.")
 
     @property
     def max_channels(self) -> int:
@@ -65,7 +91,7 @@ class GHNConfig:
     def from_dict(cls, data: Mapping[str, Any]) -> GHNConfig:
         """Builds a config from a checkpoint's dictionary.
 
-        A dictionary with ``layers`` but without ``hypernet`` is one of GHN-3's, whose code has no other message passing.
+        A dictionary with ``layers`` and no ``hypernet`` is one of GHN-3's, whose code has no other message passing.
 
         Raises:
             ValueError: If a key is unknown or missing, or a value is out of range.

@@ -15,12 +15,24 @@ from .encoder import Shape4d
 from .message_passing import MLP
 
 
-class ConvDecoder(nn.Module):
-    """Kernels of up to `max_shape`: a vector per kernel position, then two 1x1 convolutions (arXiv 2110.13100, fig. 2)."""
+class Decoder(nn.Module):
+    """A decoder that makes kernels of up to `max_shape`."""
 
     def __init__(self, config: GHNConfig):
         super().__init__()
         self.max_shape = config.max_shape
+
+    def decoded_shape(self, shape: Shape4d) -> Shape4d:
+        """What is decoded for a parameter of this shape: the whole, or a part of which the whole is made."""
+        out, into, height, width = (min(size, limit) for size, limit in zip(shape, self.max_shape, strict=True))
+        return out, into, height, width
+
+
+class ConvDecoder(Decoder):
+    """A vector per position of the largest kernel, then two 1x1 convolutions (arXiv 2110.13100, fig. 2)."""
+
+    def __init__(self, config: GHNConfig):
+        super().__init__(config)
         # GHN-2 reads kernels from the top-left corner of the largest one, GHN-3 from its centre.
         self.centred = config.hypernet == "graphormer"
         hid, (out, into, height, width) = config.hid, config.max_shape
@@ -35,9 +47,9 @@ class ConvDecoder(nn.Module):
         return slice(start, start + min(size, limit))
 
     def forward(self, x: torch.Tensor, shape: Shape4d) -> torch.Tensor:
-        """States [n, d] to kernels [n, out, in, h, w] of `shape`, or of `max_shape` where that is smaller."""
+        """States [n, d] to kernels [n, out, in, h, w] of `decoded_shape`."""
         max_out, max_in, max_height, max_width = self.max_shape
-        out, into = min(shape[0], max_out), min(shape[1], max_in)
+        out, into, *_ = self.decoded_shape(shape)
         rows, columns = self._window(shape[2], max_height), self._window(shape[3], max_width)
         channels = self.fc[0].out_features // (max_height * max_width)
 
@@ -60,18 +72,18 @@ class ConvDecoder(nn.Module):
         return F.linear(F.relu(kernel).transpose(1, 2), layer.weight.flatten(1), layer.bias).transpose(1, 2)
 
 
-class MLPDecoder(nn.Module):
+class MLPDecoder(Decoder):
     """The MLP decoder of GHN-1's ablation: all values of the largest kernel at once."""
 
     def __init__(self, config: GHNConfig):
-        super().__init__()
-        out, into, height, width = self.max_shape = config.max_shape
+        super().__init__(config)
+        out, into, height, width = config.max_shape
         self.mlp = MLP(config.hid, 2 * config.hid, out * into * height * width)
         self.class_layer_predictor = nn.Sequential(nn.ReLU(), nn.Linear(2 * config.hid, config.num_classes * out))
 
     def forward(self, x: torch.Tensor, shape: Shape4d) -> torch.Tensor:
-        """States [n, d] to kernels [n, out, in, h, w] of `shape`, or of `max_shape` where that is smaller."""
-        out, into, height, width = (min(size, limit) for size, limit in zip(shape, self.max_shape, strict=True))
+        """States [n, d] to kernels [n, out, in, h, w] of `decoded_shape`."""
+        out, into, height, width = self.decoded_shape(shape)
         last = self.mlp.fc[2]
         weight = last.weight.view(*self.max_shape, -1)[:out, :into, :height, :width]
         bias = last.bias.view(self.max_shape)[:out, :into, :height, :width]
@@ -84,6 +96,50 @@ class MLPDecoder(nn.Module):
         return weights.view(len(x), -1, self.max_shape[1])[..., :in_features]
 
 
+class LowRankDecoder(Decoder):
+    """LoGAH's decoder: any width without tiled copies, as the product of two thin matrices (arXiv 2405.16287, §3).
+
+    A kernel of [out, in, h, w] is a matrix [out·h, in·w] = A Bᵀ of rank r. A node decodes to 2r vectors, and one linear
+    map stretches each of them to the width of the widest matrix.
+    """
+
+    def __init__(self, config: GHNConfig):
+        super().__init__(config)
+        self.rank, self.width, self.num_classes = config.rank, config.max_channels, config.num_classes
+        hid = config.hid
+        layers = [nn.Linear(hid, 4 * hid), nn.ReLU(), nn.Linear(4 * hid, 8 * hid), nn.ReLU()]
+        self.mlp = nn.ModuleDict({"fc": nn.Sequential(*layers, nn.Linear(8 * hid, 2 * self.rank**2))})
+        self.l2 = nn.Linear(self.rank, self.width)
+
+    def decoded_shape(self, shape: Shape4d) -> Shape4d:
+        """What is decoded for a parameter of this shape: out·h and in·w are limited, not out and in."""
+        height, width = min(shape[2], self.max_shape[2]), min(shape[3], self.max_shape[3])
+        return min(shape[0], self.width // height), min(shape[1], self.width // width), height, width
+
+    def forward(self, x: torch.Tensor, shape: Shape4d) -> torch.Tensor:
+        """States [n, d] to kernels [n, out, in, h, w] of `decoded_shape`."""
+        out, into, height, width = self.decoded_shape(shape)
+        a, b = F.relu(self.mlp["fc"](x)).view(-1, 2, self.rank, self.rank).unbind(1)
+        kernels = self._factor(a, out * height) @ self._factor(b, into * width).transpose(1, 2)
+        return kernels.view(-1, out, height, into, width).transpose(2, 3)
+
+    def _factor(self, vectors: torch.Tensor, rows: int) -> torch.Tensor:
+        """Vectors [n, r, r] to the first `rows` rows of a factor [n, width, r].
+
+        As published, the stretched vectors are read row by row as if they were the factor. Transposed instead, they
+        would give all parameters of all networks one column space, that of the shared map.
+        """
+        needed = -(-rows * self.rank // self.width)
+        return self.l2(vectors[:, :needed]).flatten(1)[:, : rows * self.rank].view(-1, rows, self.rank)
+
+    def class_weight(self, x: torch.Tensor, in_features: int) -> torch.Tensor:
+        """States [n, d] to class weights [n, num_classes, in]."""
+        return self(x, (self.num_classes, in_features, 1, 1))[..., 0, 0]
+
+
+DECODERS: dict[str, type[Decoder]] = {"conv": ConvDecoder, "mlp": MLPDecoder, "lowrank": LowRankDecoder}
+
+
 def _pointwise(features: int, out: int, linear: bool) -> nn.Linear | nn.Conv2d:
-    """A map over channels, stored as the published checkpoints store it: GHN-3's are matrices, earlier ones 1x1 kernels."""
+    """A map over channels, stored as published checkpoints do: GHN-3's are matrices, earlier ones 1x1 kernels."""
     return nn.Linear(features, out) if linear else nn.Conv2d(features, out, 1)

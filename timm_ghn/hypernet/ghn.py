@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ..graph.computation_graph import BRANCH_SCALE, NORM_PRIMITIVES, PARAMETER_PRIMITIVES, PRIMITIVES, ComputationGraph
 from .config import GHNConfig
-from .decoder import ConvDecoder, MLPDecoder
+from .decoder import DECODERS
 from .encoder import Shape4d, ShapeEncoder, shape_to_4d
 from .message_passing import MAX_DEGREE, MAX_INPUT_DISTANCE, MLP, GatedGNN, Graphormer, NodeMLP
 
@@ -54,7 +54,7 @@ class GHN(
             self.gnn = GatedGNN(config) if config.hypernet == "gatedgnn" else NodeMLP(config)
         if config.layernorm:
             self.ln = nn.LayerNorm(hid)
-        self.decoder = ConvDecoder(config) if config.decoder == "conv" else MLPDecoder(config)
+        self.decoder = DECODERS[config.decoder](config)
         self.decoder_1d = MLP(hid, 2 * hid, 2 * config.max_channels)
         self.bias_class = nn.Sequential(nn.ReLU(), nn.Linear(config.max_channels, config.num_classes))
 
@@ -135,7 +135,7 @@ class GHN(
                 elif name in graph.head:
                     class_weights[min(shape_to_4d(shape)[1], self.config.max_shape[1])].append((g, node))
                 else:
-                    kernels[self._decoded_shape(shape)].append((g, node))
+                    kernels[self.decoder.decoded_shape(shape_to_4d(shape))].append((g, node))
 
         def states(nodes: list[tuple[int, int]]) -> torch.Tensor:
             return x[torch.tensor([starts[g] + node for g, node in nodes], device=x.device)]
@@ -174,11 +174,6 @@ class GHN(
             return {}
         value = self.embed.weight.new_tensor(self.config.branch_scale)
         return {name: value for name, reason in graph.kept.items() if reason == BRANCH_SCALE}
-
-    def _decoded_shape(self, shape: tuple[int, ...]) -> Shape4d:
-        """The shape to decode for a parameter; grouping by it lets one call serve every node that needs the same."""
-        out, into, height, width = shape_to_4d(shape)
-        return min(out, self.config.max_shape[0]), min(into, self.config.max_shape[1]), height, width
 
     def _vectors(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         weights, biases = self.decoder_1d(x).view(-1, 2, self.config.max_channels).unbind(1)
