@@ -102,7 +102,7 @@ def tile_into(target: torch.Tensor, source: torch.Tensor) -> None:
 
 
 def _with_dims(source: torch.Tensor, dims: int) -> torch.Tensor:
-    return source.view(*source.shape, *(1,) * (dims - source.ndim))
+    return source.view((*source.shape, *(1,) * (dims - source.ndim)))
 
 
 def predict(

@@ -45,5 +45,6 @@ def with_virtual_edges(
             np.minimum(row, distances[target] + 1, out=row)  # at most unreachable + 1, which the minimum discards
         row[successors[source]] = 1
         row[source] = 0
-    source, target = np.nonzero((distances > 0) & (distances <= max_distance))
-    return torch.from_numpy(np.stack((source, target, distances[source, target]), axis=1).astype(np.int64))
+    pairs = np.argwhere((distances > 0) & (distances <= max_distance))
+    lengths = distances[pairs[:, 0], pairs[:, 1]]
+    return torch.from_numpy(np.column_stack((pairs, lengths)).astype(np.int64))

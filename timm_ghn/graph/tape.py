@@ -42,7 +42,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
     return duplicate.eval()
 
 
-def _single_step_class(rnn_class: type[nn.Module]) -> type[nn.Module]:
+def _single_step_class(rnn_class: type[nn.RNNBase]) -> type[nn.RNNBase]:
     """A subclass of an RNN that reads each weight once, instead of once a time step.
 
     Unrolled over the sequence the same few weights would come back at every step, with sums between them; for the graph
@@ -53,12 +53,11 @@ def _single_step_class(rnn_class: type[nn.Module]) -> type[nn.Module]:
         for layer in range(self.num_layers):
             outputs = []
             for suffix in ("", "_reverse")[: 2 if self.bidirectional else 1]:
-                gates, state = x, None
+                state = x
                 for kind in ("ih", "hh"):
                     weight = getattr(self, f"weight_{kind}_l{layer}{suffix}")
                     bias = getattr(self, f"bias_{kind}_l{layer}{suffix}") if self.bias else None
-                    gates = nn.functional.linear(gates if state is None else state, weight, bias)
-                    state = gates[..., : self.hidden_size]
+                    state = nn.functional.linear(state, weight, bias)[..., : self.hidden_size]
                 outputs.append(state)
             x = torch.cat(outputs, dim=-1)
         return x, None
@@ -90,7 +89,7 @@ def input_candidates(model: nn.Module, input_size: int | Size | None) -> Iterato
 
 
 def run_on_meta(model: nn.Module, size: Size) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Runs a meta model on one sample of `size`; returns the input leaf and every tensor it returned that has a graph."""
+    """Runs a meta model on one sample of `size`; returns the input leaf and all outputs that have a graph."""
     leaf = torch.empty(1, *size, device="meta", requires_grad=True)
     with torch.enable_grad():
         outputs = model(leaf.clone())  # a clone, since some models work in place and a leaf must not be changed
@@ -121,7 +120,7 @@ class Function:
         saved: The autograd node, to read ``_saved_…`` attributes from.
     """
 
-    __slots__ = ("op", "name", "inputs", "variable", "shape", "saved")
+    __slots__ = ("inputs", "name", "op", "saved", "shape", "variable")
 
     def __init__(self, node: Any, inputs: list[int | None]):
         self.name: str = node.name()

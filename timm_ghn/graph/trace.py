@@ -147,10 +147,10 @@ class _Tracer:
             if function.op != "Mul" or None in function.inputs or len(function.inputs) != 2:
                 continue
             sizes = [_numel(self.tape[source].shape) for source in function.inputs if source is not None]
-            for slot in range(2):
-                if sizes[slot] < sizes[1 - slot] and (means := self._squeezing_means(function.inputs[slot], max(sizes))):
-                    self.gate_slot[index] = slot
-                    self.squeezes |= means
+            gate = 0 if sizes[0] < sizes[1] else 1
+            if sizes[0] != sizes[1] and (means := self._squeezing_means(function.inputs[gate], max(sizes))):
+                self.gate_slot[index] = gate
+                self.squeezes |= means
 
     def _squeezing_means(self, gate: int | None, size: int) -> set[int]:
         means: set[int] = set()
@@ -209,9 +209,9 @@ class _Tracer:
         if not data and len(parameters) < 3:  # a norm over a token: weight, bias and what they are applied to
             return None
         for name in parameters:
-            if name not in self.node_of and name not in self.kept and _is_norm(self.owners[name]):
-                if name.rpartition(".")[2] == "weight":
-                    return name
+            unseen = name not in self.node_of and name not in self.kept
+            if unseen and _is_norm(self.owners[name]) and name.rpartition(".")[2] == "weight":
+                return name
         return None
 
     def _weights(self, function: Function, made_of: list[tuple[str, ...]], data: list[int]) -> list[str]:
@@ -282,10 +282,14 @@ class _Tracer:
             behind = {self.node_of.get(sibling) for sibling in self._siblings(name)} & reach
             if len(behind) == len(reach) == 1 and _varied_dims(parameter) <= 1:
                 reach = self._parameter_node(name, "bias", reach)
-            elif index not in self.is_logit and _is_position_embedding(name, parameter, function.shape):
-                if name not in self.node_of and name not in self.kept:
-                    self._parameter_node(name, "pos_enc", frozenset())
-                    reach = self._op_node("sum", function, reach | {self.node_of[name]})
+            elif (
+                index not in self.is_logit
+                and name not in self.node_of
+                and name not in self.kept
+                and _is_position_embedding(name, parameter, function.shape)
+            ):
+                self._parameter_node(name, "pos_enc", frozenset())
+                reach = self._op_node("sum", function, reach | {self.node_of[name]})
         return reach
 
     def _joins_a_residual(self, index: int) -> bool:

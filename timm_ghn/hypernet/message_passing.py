@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..ops import Topology, gated_gnn
+from ..ops import Topology, edge_bias, gated_gnn
 from .config import GHNConfig
 
 MAX_DEGREE = 100
@@ -25,6 +27,11 @@ class MLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc(x)
 
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Weight and bias of the first layer, then of the second."""
+        first, second = cast(nn.Linear, self.fc[0]), cast(nn.Linear, self.fc[2])
+        return first.weight, first.bias, second.weight, second.bias
+
 
 class GatedGNN(nn.Module):
     """One round of gated message passing along the graph and back (arXiv 1810.05749 eq. 3; 2110.13100 eq. 4)."""
@@ -40,12 +47,11 @@ class GatedGNN(nn.Module):
     def forward(self, x: torch.Tensor, edges: torch.Tensor, sizes: list[int]) -> torch.Tensor:
         """[N, d] states and int64 [E, 3] edges of the whole batch to updated [N, d] states."""
         topology = Topology.from_edges(edges, sizes).to(x.device)
-        mlp, ve, gru = self.mlp.fc, None if self.mlp_ve is None else self.mlp_ve.fc, self.gru
-        virtual = (None,) * 4 if ve is None else (ve[0].weight, ve[0].bias, ve[2].weight, ve[2].bias)
+        virtual = (None, None, None, None) if self.mlp_ve is None else self.mlp_ve.tensors()
+        gru = self.gru
         return gated_gnn(
-            x, topology, mlp[0].weight, mlp[0].bias, mlp[2].weight, mlp[2].bias, *virtual,
-            gru.weight_ih, gru.weight_hh, gru.bias_ih, gru.bias_hh,
-        )  # fmt: skip
+            x, topology, *self.mlp.tensors(), *virtual, gru.weight_ih, gru.weight_hh, gru.bias_ih, gru.bias_hh
+        )
 
 
 class NodeMLP(nn.Module):
@@ -73,18 +79,10 @@ class Attention(nn.Module):
             self.proj_e = nn.Sequential(nn.Linear(2 * dim, dim), nn.ReLU(), nn.Linear(dim, heads))
 
     def edge_bias(self, distances: torch.Tensor) -> torch.Tensor:
-        """int64 [B, N, N] distances to a [B, heads, N, N] bias.
-
-        In a DAG at most one of a pair's two distances is positive, so few pairs of distances differ: the network runs
-        on a table of those, and N x N lookups do the rest.
-        """
-        pairs, index = torch.unique(
-            distances * NUM_DISTANCES + distances.transpose(1, 2), return_inverse=True
-        )
-        embed = self.edge_embed["embed"]
-        forward, backward = pairs // NUM_DISTANCES + 2, pairs % NUM_DISTANCES + 2
-        table = self.proj_e(torch.cat((embed(forward), embed(backward)), dim=1))  # [pairs, heads]
-        return table.t()[:, index].transpose(0, 1)
+        """int64 [B, N, N] distances to a [B, heads, N, N] bias."""
+        embed = cast(nn.Embedding, self.edge_embed["embed"])
+        first, second = cast(nn.Linear, self.proj_e[0]), cast(nn.Linear, self.proj_e[2])
+        return edge_bias(distances, embed.weight, first.weight, first.bias, second.weight, second.bias)
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         """[B, N, d] and [B, heads, N, N] to [B, N, d]."""
@@ -144,7 +142,7 @@ class Graphormer(nn.ModuleList):
         for embed, index, limit in zip(centrality, indices, limits, strict=True):
             padded = padded + embed(index.clamp(max=limit))
 
-        bias = self[0].attn.edge_bias(distances)
+        bias = cast(GraphormerLayer, self[0]).attn.edge_bias(distances)
         padding = torch.arange(width, device=x.device) >= counts[:, None]
         bias = bias.masked_fill(padding[:, None, None, :], -torch.inf)
         for layer in self:
