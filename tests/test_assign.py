@@ -1,0 +1,207 @@
+"""Prediction and assignment on real timm models, with a small random GHN for ten classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from timm_ghn import GHN, GHNConfig, PredictionError, TraceError, initialize, load_ghn, predict
+from timm_ghn.assign import tile, tile_into
+
+
+@pytest.fixture(scope="module")
+def ghn(ghn_file: Path) -> GHN:
+    return load_ghn(ghn_file)
+
+
+# ---- tiling ---------------------------------------------------------------------------------------------------------
+
+
+def sizes(dims: int) -> st.SearchStrategy[list[int]]:
+    return st.lists(st.integers(1, 9), min_size=dims, max_size=dims)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(1, 4).flatmap(lambda dims: st.tuples(sizes(dims), sizes(dims))))
+def test_both_ways_to_tile_agree(shapes: tuple[list[int], list[int]]) -> None:
+    have, wanted = shapes
+    source = torch.randn(have)
+    expected = source
+    for dim, size in enumerate(wanted):
+        expected = expected.index_select(dim, torch.arange(size) % source.shape[dim])
+    assert torch.equal(tile(source, tuple(wanted)), expected)
+    target = torch.full(wanted, torch.nan)
+    tile_into(target, source)
+    assert torch.equal(target, expected)
+
+
+def test_a_tile_may_lack_trailing_dimensions() -> None:
+    target = torch.empty(4, 6, 1, 1)
+    matrix = torch.randn(2, 3)
+    tile_into(target, matrix)
+    assert torch.equal(target, tile(matrix, target.shape))
+    assert torch.equal(tile(torch.tensor(2.0), (3, 1)), torch.full((3, 1), 2.0))
+
+
+def test_tiling_is_differentiable() -> None:
+    source = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda tensor: tile(tensor, (5, 7)), source)
+
+
+# ---- models ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("resnet18", {}),
+        ("mobilenetv3_small_050", {}),
+        ("convnext_atto", {}),
+        ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 4}),
+        ("mixer_s32_224", {}),
+        ("regnetx_002", {"features_only": True}),
+        ("dla46_c", {}),
+    ],
+)
+def test_every_parameter_is_accounted_for_and_written(name: str, kwargs: dict[str, Any], ghn: GHN) -> None:
+    kwargs = kwargs if "features_only" in kwargs else {"num_classes": 10, **kwargs}
+    model = timm.create_model(name, **kwargs).eval()
+    initial = {key: value.clone() for key, value in model.state_dict().items()}
+    prediction = predict(model, ghn)
+    assert all(torch.equal(value, initial[key]) for key, value in model.state_dict().items())
+
+    report = initialize(model, ghn)
+    parameters = dict(model.named_parameters())
+    assert report.predicted.keys() | report.kept.keys() == parameters.keys()
+    assert not report.predicted.keys() & report.kept.keys()
+    assert report.predicted_fraction > 0.99
+    for key, parameter in parameters.items():
+        assert torch.equal(parameter, prediction[key] if key in prediction else initial[key]), key
+    for key, value in model.named_buffers():
+        assert torch.equal(value, initial[key]), key
+    assert "predicted" in str(report)
+
+
+def test_the_same_checkpoint_predicts_the_same_numbers(ghn: GHN) -> None:
+    first, second = (predict(timm.create_model("resnet18", num_classes=10), ghn) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_models_dtype_is_kept(dtype: torch.dtype, ghn: GHN) -> None:
+    model = timm.create_model("resnet18", num_classes=10).to(dtype)
+    initialize(model, ghn)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_model_on_cuda_takes_predictions_from_the_cpu(ghn: GHN) -> None:
+    model = timm.create_model("resnet18", num_classes=10).cuda()
+    expected = predict(model, ghn)
+    initialize(model, ghn)
+    assert torch.equal(model.conv1.weight.cpu(), expected["conv1.weight"])
+
+
+# ---- the head -------------------------------------------------------------------------------------------------------
+
+
+def test_a_head_of_other_classes_is_kept(ghn: GHN) -> None:
+    model = timm.create_model("resnet18", num_classes=7)
+    report = initialize(model, ghn)
+    assert report.kept == dict.fromkeys(("fc.weight", "fc.bias"), "head: the checkpoint has 10 classes")
+
+
+def test_a_head_can_be_forced(ghn: GHN) -> None:
+    prediction = predict(timm.create_model("resnet18", num_classes=13), ghn, head="predict")
+    weight = prediction["fc.weight"]
+    assert weight.shape == (13, 512)
+    assert torch.equal(weight[10:], weight[:3])
+
+
+def test_a_head_can_be_kept(ghn: GHN) -> None:
+    assert predict(timm.create_model("resnet18", num_classes=10), ghn, head="keep").report.kept.keys() == {
+        "fc.weight",
+        "fc.bias",
+    }
+
+
+def test_an_unknown_head_policy_is_refused(ghn: GHN) -> None:
+    with pytest.raises(ValueError, match="must be one of auto, predict, keep"):
+        predict(nn.Linear(3, 3), ghn, head="maybe", input_size=(3,))
+
+
+# ---- branch scales --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "dm_nfnet_f0", "poolformer_s12"])
+def test_branch_scales_take_the_value_the_ghn_was_trained_with(name: str, ghn: GHN) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=10)
+    kept = predict(model, ghn).report.kept
+    scales = [key for key, reason in kept.items() if reason == "scale of a residual branch"]
+    assert scales
+    trained = GHN(GHNConfig.from_dict({**ghn.config.to_dict(), "branch_scale": 0.5}))
+    prediction = predict(model, trained)
+    assert all((prediction[key] == 0.5).all() for key in scales)
+    assert not kept.keys() - prediction.report.kept.keys() - set(scales)
+
+
+# ---- all or nothing -------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_written_when_a_prediction_is_not_finite(ghn_file: Path) -> None:
+    broken = GHN(load_ghn(ghn_file).config)
+    torch.nn.init.constant_(broken.bias_class[1].bias, torch.nan)  # only the very last parameter is affected
+    model = timm.create_model("resnet18", num_classes=10)
+    initial = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(PredictionError, match=r"fc.bias is not finite"):
+        initialize(model, broken)
+    assert all(torch.equal(value, initial[key]) for key, value in model.state_dict().items())
+
+
+def test_nothing_is_written_when_the_forward_pass_fails(ghn: GHN) -> None:
+    model = timm.create_model("vit_tiny_patch16_224")
+    initial = model.cls_token.clone()
+    with pytest.raises(TraceError):
+        initialize(model, ghn, input_size=(3, 50, 50))
+    assert torch.equal(model.cls_token, initial)
+
+
+def test_integer_parameters_are_refused(ghn: GHN) -> None:
+    model = nn.Linear(3, 3)
+    model.weight = nn.Parameter(torch.zeros(3, 3, dtype=torch.int8), requires_grad=False)
+    assert predict(model, ghn, input_size=(3,)).report.kept["weight"] == "frozen (requires_grad=False)"
+
+
+# ---- other kinds of kernels -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("layer", "size"),
+    [
+        (nn.Conv1d(3, 40, 5), (3, 16)),
+        (nn.Conv3d(3, 40, 3), (3, 8, 8, 8)),
+        (nn.Conv2d(3, 40, 31), (3, 32, 32)),
+        (nn.Conv2d(3, 40, (1, 7)), (3, 32, 32)),
+        (nn.ConvTranspose2d(3, 40, 3), (3, 8, 8)),
+        (nn.Linear(3, 40), (3,)),
+    ],
+)
+def test_kernels_of_any_rank_and_size(layer: nn.Module, size: tuple[int, ...], ghn: GHN) -> None:
+    report = initialize(layer, ghn, input_size=size, head="predict")
+    assert report.predicted.keys() == {"weight", "bias"}
+
+
+def test_the_published_layout_round_trips(tmp_path: Path, ghn: GHN) -> None:
+    ghn.save_pretrained(tmp_path)
+    restored = GHN.from_pretrained(tmp_path)
+    assert restored.config == ghn.config
+    assert restored is not ghn
+    assert all(torch.equal(value, restored.state_dict()[name]) for name, value in ghn.state_dict().items())
