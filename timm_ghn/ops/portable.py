@@ -153,18 +153,19 @@ def forward(h: Tensor, topology: Topology, weights: Weights) -> tuple[Tensor, Te
         recurrent = gates[:, 2 * d :].clone()
         gates[:, 2 * d :] = 0
         gates += weights.gru_b_ih
+        hidden = mlps.b0.repeat(len(h), 1)
+        sweep.sent.copy_(mlps.b2)
         table = sweep.sent.view(-1, d)
-        parts = (*sweep, states, gates, gates[:, : 2 * d], *gates.split(d, 1), recurrent)
+        parts = (*sweep, states, hidden, gates, gates[:, : 2 * d], *gates.split(d, 1), recurrent)
         views = list(zip(*(part.split(sizes) for part in parts), strict=True))
         for level in schedule:
-            before, message, sent, state, gates_, reset_update, r, z, n, hn = views[level]
+            before, message, sent, state, inner, pre, reset_update, r, z, n, hn = views[level]
             message.copy_(lists.add_up(table, level))
-            gates_.addmm_(message, w_ih)
+            pre.addmm_(message, w_ih)
             reset_update.sigmoid_()
             n.addcmul_(r, hn).tanh_()
             torch.lerp(n, before, z, out=state)
-            hidden = torch.addmm(mlps.b0, state, w0).relu_()
-            torch.addmm(mlps.b2, hidden, w2, out=sent).relu_()
+            sent.addmm_(inner.addmm_(state, w0).relu_(), w2).relu_()
 
     return torch.empty_like(after).index_copy_(0, topology.order, after), saved
 

@@ -1,0 +1,357 @@
+"""How fast the graph layer is: GHN-2's message passing and GHN-3's attention, against their plain references.
+
+Prints a table, and writes JSON and a picture. Every time is the best of several runs; the reference, which takes
+seconds, runs once, and backward not at all on graphs with more edges than `--reference-edges`. On the CPU one thread
+computes, and its own time counts, so that a busy machine does not. A graph's floor is what the machine could do at best: the arithmetic and the memory traffic at
+measured rates, plus four products for each level of the graph, which must wait for one another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy
+import timm
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
+
+from timm_ghn.graph import trace
+from timm_ghn.ops import Topology, edge_bias, gated_gnn
+from timm_ghn.ops.edge_bias import edge_bias_reference
+from timm_ghn.ops.reference import gated_gnn_reference
+from timm_ghn.training.architectures import architecture
+
+MODELS = (
+    "resnet18",
+    "resnet50",
+    "cait_xxs36_224",
+    "hrnet_w48",
+    "efficientnet_b7",
+    "vit_tiny_patch16_224:depth=153",
+)
+NOT_MEASURED = "not measured"
+GPU_LEVEL_SECONDS = 1e-6
+"""Floor of a level inside one kernel: about four reads from a GPU's cache that wait for one another."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", default=list(MODELS), help="timm models, as NAME or NAME:depth=BLOCKS")
+    parser.add_argument("--batches", nargs="*", type=int, default=[8, 64], help="batches of so many training graphs")
+    parser.add_argument("--dim", type=int, default=32, help="width of the states (default: %(default)s)")
+    parser.add_argument("--heads", type=int, default=8, help="heads of GHN-3's attention (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=10, help="runs to take the best of (default: %(default)s)")
+    parser.add_argument(
+        "--reference-edges",
+        type=int,
+        default=50_000,
+        help="most edges for which the reference, which keeps gigabytes, runs backward (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results", help="where to write (default: %(default)s)"
+    )
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+    graphs = {model: [model_graph(model)] for model in tqdm(arguments.models, desc="tracing models")}
+    for count in arguments.batches:
+        indices = tqdm(range(count), desc=f"tracing {count} training graphs")
+        graphs[f"{count} training graphs"] = [training_graph(index) for index in indices]
+    rates = {device: machine_rates(device, arguments.dim) for device in devices}
+    rows = []
+    for name, batch in (progress := tqdm(graphs.items(), desc="measuring")):
+        progress.set_postfix_str(name)
+        rows.append(measure_graph(name, batch, devices, rates, arguments))
+
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    report = {"machine": machine(), "dim": arguments.dim, "rates": rates, "rows": rows}
+    (arguments.out / "graph_layer.json").write_text(json.dumps(report, indent=1) + "\n")
+    draw(rows, report["machine"], arguments.out / "graph_layer.png")
+    console = Console(width=170)
+    console.print(f"{report['machine']}\nstates of width {arguments.dim}, float32, milliseconds")
+    for title, key in (("forward", "forward"), ("forward and backward", "both")):
+        console.print(layer_table(f"GHN-2's message passing, {title}", key, rows))
+    console.print(attention_table(arguments.heads, rows))
+
+
+def model_graph(spec: str) -> tuple[Tensor, int]:
+    """Edges and number of nodes of a timm model."""
+    name, _, depth = spec.partition(":depth=")
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = timm.create_model(name, **({"depth": int(depth)} if depth else {}))
+    graph = trace(model)
+    return graph.edges, len(graph)
+
+
+def training_graph(index: int) -> tuple[Tensor, int]:
+    """Edges and number of nodes of a network that GHNs are trained on."""
+    graph = trace(architecture("timm", "train", index).skeleton(num_classes=10), (3, 32, 32))
+    return graph.edges, len(graph)
+
+
+def measure_graph(
+    name: str,
+    batch: list[tuple[Tensor, int]],
+    devices: list[str],
+    rates: dict[str, dict[str, float]],
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:
+    """Everything about one graph, or one batch of graphs."""
+    d, sizes = arguments.dim, [nodes for _, nodes in batch]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    edges = torch.cat([e + torch.tensor([start, start, 0]) for (e, _), start in zip(batch, starts, strict=True)])
+    started = time.process_time()
+    topology = Topology.from_edges(edges, sizes)
+    row: dict[str, Any] = {
+        "name": name,
+        "graphs": len(batch),
+        "nodes": sum(sizes),
+        "edges": len(edges),
+        "levels": len(topology.level_ptr) - 1,
+        "topology_seconds": time.process_time() - started,
+        "gated_gnn": {device: {} for device in devices},
+        "attention": {device: {} for device in devices},
+    }
+    generator = torch.Generator().manual_seed(0)
+    weights = layer_weights(d, generator)
+    states = torch.randn(sum(sizes), d, generator=generator)
+    for device in devices:
+        there = topology.to(device)
+        times = row["gated_gnn"][device]
+        times["layer"] = both_times(
+            lambda h, *w, there=there: gated_gnn(h, there, *w), [states, *weights], device, arguments.repeats
+        )
+        times["reference"] = both_times(
+            lambda h, *w: gated_gnn_reference(h, edges, *w),
+            [states, *weights],
+            device,
+            repeats=1,
+            backward=len(edges) <= arguments.reference_edges,
+        )
+        times["floor"] = floor(row, len(topology.in_index), d, device, rates[device])
+    if len(batch) == 1:
+        measure_attention(row, edges, sizes[0], devices, arguments, generator)
+    return row
+
+
+def measure_attention(
+    row: dict[str, Any],
+    edges: Tensor,
+    nodes: int,
+    devices: list[str],
+    arguments: argparse.Namespace,
+    generator: torch.Generator,
+) -> None:
+    """GHN-3's attention with its bias, through the table and through the N x N x 2d tensor."""
+    d, heads = arguments.dim, arguments.heads
+    distance = torch.zeros(1, nodes, nodes, dtype=torch.int64)
+    distance[0, edges[:, 0], edges[:, 1]] = edges[:, 2]
+    shapes = ((257, d), (d, 2 * d), (d,), (heads, d), (heads,))
+    weights = [torch.randn(s, generator=generator) * d**-0.5 for s in shapes]
+    qkv = [torch.randn(1, heads, nodes, d // heads, generator=generator) for _ in range(3)]
+
+    def table(q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=edge_bias(distance.to(q.device), *weights))
+
+    def plain(q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
+        bias = edge_bias_reference(distance.to(q.device), *weights)
+        return (q @ k.mT * q.shape[-1] ** -0.5 + bias).softmax(-1) @ v
+
+    for device in devices:
+        for key, function, repeats in (("layer", table, arguments.repeats), ("reference", plain, 1)):
+            times = both_times(function, [*qkv, *weights], device, repeats)
+            with LargestTensor() as largest:
+                function(*(x.to(device) for x in (*qkv, *weights)))
+            row["attention"][device][key] = {**times, "largest_bytes": largest.bytes}
+
+
+class LargestTensor(TorchDispatchMode):
+    """Sees every tensor that an operation makes, and keeps the size of the largest."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor):
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return result
+
+
+def layer_weights(d: int, generator: torch.Generator) -> list[Tensor]:
+    """In the order of the layer's arguments."""
+    shapes = [(d // 2, d), (d // 2,), (d, d // 2), (d,)] * 2 + [(3 * d, d), (3 * d, d), (3 * d,), (3 * d,)]
+    return [torch.randn(shape, generator=generator) * d**-0.5 for shape in shapes]
+
+
+def both_times(function: Callable[..., Tensor], inputs: list[Tensor], device: str, repeats: int) -> dict[str, float]:
+    """Seconds of a forward pass without gradients, and of a forward and backward pass."""
+    there = [x.to(device) for x in inputs]
+
+    def forward() -> None:
+        with torch.no_grad():
+            function(*there)
+
+    leaves = [x.to(device).requires_grad_() for x in inputs]
+
+    def both() -> None:
+        torch.autograd.grad(function(*leaves).sum(), leaves, allow_unused=True)
+
+    return {
+        "forward": best_time(forward, device, repeats),
+        "both": best_time(both, device, repeats) if backward else None,
+    }
+
+
+def best_time(function: Callable[[], None], device: str, repeats: int) -> float:
+    """Seconds of the fastest run; a run to warm up comes first, unless there is only one."""
+
+    def now() -> float:
+        if device == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    times = []
+    for _ in range(repeats + (repeats > 1)):
+        started = now()
+        function()
+        times.append(now() - started)
+    return min(times[repeats > 1 :])
+
+
+def machine_rates(device: str, d: int) -> dict[str, float]:
+    """Flops and bytes per second, and seconds of the shortest product that another one must wait for."""
+    big, out = torch.randn(1024, 1024, device=device), torch.empty(1024, 1024, device=device)
+    flops = 2 * 1024**3 / best_time(lambda: torch.mm(big, big, out=out), device, 10)
+    source = torch.randn(1 << 24, device=device)
+    target = torch.empty_like(source)
+    bandwidth = 2 * source.nbytes / best_time(lambda: target.copy_(source), device, 10)
+    if device == "cuda":
+        return {"flops": flops, "bandwidth": bandwidth, "product": GPU_LEVEL_SECONDS / 4}
+    state, matrix = torch.randn(1, d), torch.randn(d, d)
+    result = torch.empty(1, d)
+
+    def products() -> None:
+        for _ in range(1000):
+            torch.mm(state, matrix, out=result)
+
+    return {"flops": flops, "bandwidth": bandwidth, "product": best_time(products, device, 10) / 1000}
+
+
+def floor(row: dict[str, Any], entries: int, d: int, device: str, rates: dict[str, float]) -> dict[str, float]:
+    """What the machine could do at best: see the module's description. A backward pass costs two forward passes."""
+    weights = sum(w.numel() for w in layer_weights(d, torch.Generator()))
+    flops = 2 * (2 * weights * row["nodes"] + 2 * d * entries)
+    traffic = 2 * (4 * d * (entries + 5 * row["nodes"]) + 16 * entries)
+    work = flops / rates["flops"] + traffic / rates["bandwidth"]
+    latency = 2 * row["levels"] * 4 * rates["product"]
+    return {"forward": work + latency, "both": 3 * work + 2 * latency}
+
+
+def machine() -> str:
+    """The hardware and versions that the figures belong to."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}"
+    if torch.cuda.is_available():
+        import triton
+
+        versions += f", CUDA {torch.version.cuda}, triton {triton.__version__}"
+    return f"{cpu} (one thread), {gpu}; {versions}; {datetime.date.today().isoformat()}"
+
+
+def milliseconds(seconds: float | None) -> str:
+    return NOT_MEASURED if seconds is None else f"{1e3 * seconds:,.4g}"
+
+
+def ratio(slow: float | None, fast: float | None) -> str:
+    return NOT_MEASURED if slow is None or fast is None else f"{slow / fast:,.0f}×"
+
+
+def layer_table(title: str, key: str, rows: list[dict[str, Any]]) -> Table:
+    table = Table(title=title)
+    table.add_column("graph")
+    columns = "nodes edges levels|reference|CPU|speed-up|CPU floor|reference on GPU|CUDA|speed-up|CUDA floor"
+    for column in columns.replace(" edges levels", "|edges|levels").split("|"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        cells = [f"{row[x]:,}" for x in ("nodes", "edges", "levels")]
+        for device in ("cpu", "cuda"):
+            times = row["gated_gnn"].get(device)
+            reference, layer, least = ((times[x][key] if times else None) for x in ("reference", "layer", "floor"))
+            cells += [milliseconds(reference), milliseconds(layer), ratio(reference, layer), milliseconds(least)]
+        table.add_row(row["name"], *cells)
+    return table
+
+
+def attention_table(heads: int, rows: list[dict[str, Any]]) -> Table:
+    table = Table(title=f"GHN-3's attention and bias, {heads} heads (forward / forward and backward)")
+    table.add_column("graph")
+    for column in ("nodes", "reference", "CPU", "speed-up", "largest tensor, MiB", "CUDA", "speed-up"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        cpu, cuda = row["attention"]["cpu"], row["attention"].get("cuda")
+        if not cpu:
+            continue
+        cells = [f"{row['nodes']:,}"]
+        cells += [" / ".join(milliseconds(cpu[x][k]) for k in ("forward", "both")) for x in ("reference", "layer")]
+        cells.append(" / ".join(ratio(cpu["reference"][k], cpu["layer"][k]) for k in ("forward", "both")))
+        cells.append(" → ".join(f"{cpu[x]['largest_bytes'] / 2**20:,.1f}" for x in ("reference", "layer")))
+        if cuda:
+            cells.append(" / ".join(milliseconds(cuda["layer"][k]) for k in ("forward", "both")))
+            cells.append(" / ".join(ratio(cuda["reference"][k], cuda["layer"][k]) for k in ("forward", "both")))
+        else:
+            cells += [NOT_MEASURED, NOT_MEASURED]
+        table.add_row(row["name"], *cells)
+    return table
+
+
+def draw(rows: list[dict[str, Any]], caption: str, path: Path) -> None:
+    """Bars on a logarithmic scale, a panel per pass."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    series = [("reference", "cpu", "reference"), ("CPU", "cpu", "layer"), ("CPU floor", "cpu", "floor")]
+    if "cuda" in rows[0]["gated_gnn"]:
+        series += [
+            ("reference on GPU", "cuda", "reference"),
+            ("CUDA", "cuda", "layer"),
+            ("CUDA floor", "cuda", "floor"),
+        ]
+    figure, panels = pyplot.subplots(1, 2, figsize=(13, 0.75 * len(rows) + 1.5), sharey=True, layout="constrained")
+    height = 0.8 / len(series)
+    for panel, key, title in zip(panels, ("forward", "both"), ("forward", "forward and backward"), strict=True):
+        for i, (label, device, kind) in enumerate(series):
+            values = [1e3 * (row["gated_gnn"][device][kind][key] or 0) for row in rows]
+            panel.barh(numpy.arange(len(rows)) + (i - len(series) / 2 + 0.5) * height, values, height, label=label)
+        panel.set(xscale="log", xlabel="milliseconds", title=f"GHN-2's message passing, {title}")
+        panel.grid(axis="x", alpha=0.3)
+    panels[0].set_yticks(range(len(rows)), [f"{row['name']}\n{row['nodes']:,} nodes" for row in rows])
+    panels[0].invert_yaxis()
+    panels[1].legend()
+    figure.supxlabel(caption, fontsize=7)
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
