@@ -2,8 +2,9 @@
 
 Prints a table, and writes JSON and a picture. Every time is the best of several runs; the reference, which takes
 seconds, runs once, and backward not at all on graphs with more edges than `--reference-edges`. On the CPU one thread
-computes, and its own time counts, so that a busy machine does not. A graph's floor is what the machine could do at best: the arithmetic and the memory traffic at
-measured rates, plus four products for each level of the graph, which must wait for one another.
+computes, and its own time counts, so that a busy machine does not. A graph's floor is what the machine could do at
+best: the arithmetic and the memory traffic at measured rates, plus four products for each level of the graph, which
+must wait for one another.
 """
 
 from __future__ import annotations
@@ -200,8 +201,10 @@ def layer_weights(d: int, generator: torch.Generator) -> list[Tensor]:
     return [torch.randn(shape, generator=generator) * d**-0.5 for shape in shapes]
 
 
-def both_times(function: Callable[..., Tensor], inputs: list[Tensor], device: str, repeats: int) -> dict[str, float]:
-    """Seconds of a forward pass without gradients, and of a forward and backward pass."""
+def both_times(
+    function: Callable[..., Tensor], inputs: list[Tensor], device: str, repeats: int, backward: bool = True
+) -> dict[str, float | None]:
+    """Seconds of a forward pass without gradients, and of a forward and backward pass, or None."""
     there = [x.to(device) for x in inputs]
 
     def forward() -> None:
