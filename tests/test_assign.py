@@ -193,6 +193,7 @@ def test_integer_parameters_are_refused(ghn: GHN) -> None:
         (nn.ConvTranspose2d(3, 40, 3), (3, 8, 8)),
         (nn.Linear(3, 40), (3,)),
     ],
+    ids=lambda value: type(value).__name__,
 )
 def test_kernels_of_any_rank_and_size(layer: nn.Module, size: tuple[int, ...], ghn: GHN) -> None:
     report = initialize(layer, ghn, input_size=size, head="predict")

@@ -98,6 +98,13 @@ def test_a_position_embedding_flows_into_its_sum() -> None:
     assert graph.ops[target] == "sum"
 
 
+@pytest.mark.parametrize("name", ["naflexvit_base_patch16_gap", "samvit_base_patch16"])
+def test_a_position_embedding_may_be_a_grid_or_added_in_place(name: str) -> None:
+    graph = trace(build(name))
+    assert graph.ops.count("pos_enc") == 1
+    assert not any("pos_embed" in key for key in graph.kept)
+
+
 def test_a_relative_position_table_is_no_encoding() -> None:
     graph = trace(build("swin_tiny_patch4_window7_224"))
     assert "pos_enc" not in graph.ops

@@ -253,7 +253,7 @@ class _Tracer:
             return self._op_node("max_pool" if "MaxPool" in op else "avg_pool", function, reach, (1, 1, *kernel))
         if _averages_positions(function):
             return reach if index in self.squeezes else self._op_node("glob_avg", function, reach)
-        if op == "Add" and parameters:
+        if op in ("Add", "CopySlices") and parameters:  # the latter is an addition in place, into a part of a tensor
             return self._added_parameter(index, function, parameters, reach)
         if op == "Mul" and parameters and self._joins_a_residual(index):
             self.branch_scales += [name for name in parameters if _varied_dims(self.parameters[name]) <= 1]

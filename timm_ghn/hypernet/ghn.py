@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ..graph.computation_graph import BRANCH_SCALE, NORM_PRIMITIVES, PARAMETER_PRIMITIVES, PRIMITIVES, ComputationGraph
 from .config import GHNConfig
 from .decoder import DECODERS
-from .encoder import Shape4d, ShapeEncoder, shape_to_4d
+from .encoder import Shape4d, ShapeEncoder, is_grid_of_channels, shape_to_4d
 from .message_passing import MAX_DEGREE, MAX_INPUT_DISTANCE, MLP, GatedGNN, Graphormer, NodeMLP
 
 _PRIMITIVE_INDEX = {name: index for index, name in enumerate(PRIMITIVES)}
@@ -32,7 +32,7 @@ class GHN(
     tags=["graph-hypernetwork", "timm"],
     repo_url="https://github.com/timm-ghn/timm-ghn",
     license="apache-2.0",
-):  # type: ignore[misc]
+):
     """GHN-1, GHN-2, GHN-3 and the MLP baseline, by config; module names are the published checkpoints' keys.
 
     `from_pretrained`, `save_pretrained` and `push_to_hub` are huggingface_hub's, with safetensors as the only format.
@@ -202,7 +202,7 @@ def _as_parameter(kernel: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     if kernel.shape[2:] != target[2:]:
         kernel = F.interpolate(kernel, target[2:], mode="bilinear")
     if len(shape) == 4:
-        return kernel
+        return kernel.permute(0, 2, 3, 1) if is_grid_of_channels(shape) else kernel
     if len(shape) < 3:
         return kernel[..., 0, 0] if len(shape) == 2 else kernel[:, 0, 0, 0]
     if len(shape) == 3:
