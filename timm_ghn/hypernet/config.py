@@ -72,8 +72,8 @@ class GHNConfig:
             raise ValueError(f"GHN config: hid={self.hid} must be a multiple of 4 and of heads={self.heads}.")
         if self.decoder == "lowrank" and self.num_classes > self.max_channels:
             raise ValueError(
-                f"GHN config: with decoder=lowrank, max_shape={self.max_shape} must be as wide as the widest layer, but "
-                f"num_classes is {self.num_classes}."
+                f"GHN config: with decoder=lowrank, max_shape={self.max_shape} must be as wide as the widest layer, and "
+                f"num_classes={self.num_classes}."
             )
         if self.branch_scale is not None and not math.isfinite(self.branch_scale):
             raise ValueError(f"GHN config: branch_scale is {self.branch_scale!r}; it must be finite.")

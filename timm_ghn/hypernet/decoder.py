@@ -6,6 +6,8 @@ is exact, since both linear maps of the decoder treat every output on its own.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -26,6 +28,10 @@ class Decoder(nn.Module):
         """What is decoded for a parameter of this shape: the whole, or a part of which the whole is made."""
         out, into, height, width = (min(size, limit) for size, limit in zip(shape, self.max_shape, strict=True))
         return out, into, height, width
+
+    def class_weight(self, x: torch.Tensor, in_features: int) -> torch.Tensor:
+        """States [n, d] to class weights [n, num_classes, in]."""
+        raise NotImplementedError
 
 
 class ConvDecoder(Decoder):
@@ -51,25 +57,24 @@ class ConvDecoder(Decoder):
         max_out, max_in, max_height, max_width = self.max_shape
         out, into, *_ = self.decoded_shape(shape)
         rows, columns = self._window(shape[2], max_height), self._window(shape[3], max_width)
-        channels = self.fc[0].out_features // (max_height * max_width)
-
-        weight = self.fc[0].weight.view(channels, max_height, max_width, -1)[:, rows, columns]
-        bias = self.fc[0].bias.view(channels, max_height, max_width)[:, rows, columns]
+        weight, bias = _tensors(self.fc[0])
+        channels = len(bias) // (max_height * max_width)
+        weight = weight.view(channels, max_height, max_width, -1)[:, rows, columns]
+        bias = bias.view(channels, max_height, max_width)[:, rows, columns]
         size = weight.shape[1:3]
         x = F.relu(F.linear(x, weight.flatten(0, 2), bias.flatten()))
         x = x.view(-1, channels, *size).permute(0, 2, 3, 1)
-        x = F.relu(F.linear(x, self.conv[0].weight.flatten(1), self.conv[0].bias))
+        x = F.relu(F.linear(x, *_tensors(self.conv[0])))
 
-        weight = self.conv[2].weight.flatten(1).view(max_out, max_in, -1)[:out, :into]
-        bias = self.conv[2].bias.view(max_out, max_in)[:out, :into]
+        weight, bias = _tensors(self.conv[2])
+        weight, bias = weight.view(max_out, max_in, -1)[:out, :into], bias.view(max_out, max_in)[:out, :into]
         x = F.linear(x, weight.flatten(0, 1), bias.flatten())
         return x.view(-1, *size, out, into).permute(0, 3, 4, 1, 2)
 
     def class_weight(self, x: torch.Tensor, in_features: int) -> torch.Tensor:
         """States [n, d] to class weights [n, num_classes, in]: a linear map over the out channels of a 1x1 kernel."""
         kernel = self(x, (self.max_shape[0], in_features, 1, 1))[..., 0, 0]
-        layer = self.class_layer_predictor[1]
-        return F.linear(F.relu(kernel).transpose(1, 2), layer.weight.flatten(1), layer.bias).transpose(1, 2)
+        return F.linear(F.relu(kernel).transpose(1, 2), *_tensors(self.class_layer_predictor[1])).transpose(1, 2)
 
 
 class MLPDecoder(Decoder):
@@ -84,9 +89,9 @@ class MLPDecoder(Decoder):
     def forward(self, x: torch.Tensor, shape: Shape4d) -> torch.Tensor:
         """States [n, d] to kernels [n, out, in, h, w] of `decoded_shape`."""
         out, into, height, width = self.decoded_shape(shape)
-        last = self.mlp.fc[2]
-        weight = last.weight.view(*self.max_shape, -1)[:out, :into, :height, :width]
-        bias = last.bias.view(self.max_shape)[:out, :into, :height, :width]
+        weight, bias = _tensors(self.mlp.fc[2])
+        weight = weight.view(*self.max_shape, -1)[:out, :into, :height, :width]
+        bias = bias.view(self.max_shape)[:out, :into, :height, :width]
         hidden = F.relu(self.mlp.fc[0](x))
         return F.linear(hidden, weight.flatten(0, 3), bias.flatten()).view(-1, out, into, height, width)
 
@@ -138,6 +143,12 @@ class LowRankDecoder(Decoder):
 
 
 DECODERS: dict[str, type[Decoder]] = {"conv": ConvDecoder, "mlp": MLPDecoder, "lowrank": LowRankDecoder}
+
+
+def _tensors(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight, as a matrix, and bias of a linear map."""
+    layer = cast(nn.Linear, layer)
+    return layer.weight.flatten(1), layer.bias
 
 
 def _pointwise(features: int, out: int, linear: bool) -> nn.Linear | nn.Conv2d:

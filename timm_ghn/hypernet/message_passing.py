@@ -47,11 +47,11 @@ class GatedGNN(nn.Module):
     def forward(self, x: torch.Tensor, edges: torch.Tensor, sizes: list[int]) -> torch.Tensor:
         """[N, d] states and int64 [E, 3] edges of the whole batch to updated [N, d] states."""
         topology = Topology.from_edges(edges, sizes).to(x.device)
-        virtual = (None, None, None, None) if self.mlp_ve is None else self.mlp_ve.tensors()
         gru = self.gru
-        return gated_gnn(
-            x, topology, *self.mlp.tensors(), *virtual, gru.weight_ih, gru.weight_hh, gru.bias_ih, gru.bias_hh
-        )
+        gates = (gru.weight_ih, gru.weight_hh, gru.bias_ih, gru.bias_hh)
+        if self.mlp_ve is None:
+            return gated_gnn(x, topology, *self.mlp.tensors(), None, None, None, None, *gates)
+        return gated_gnn(x, topology, *self.mlp.tensors(), *self.mlp_ve.tensors(), *gates)
 
 
 class NodeMLP(nn.Module):
