@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -200,6 +202,29 @@ def test_cuda_agrees_with_cpu() -> None:
         results.append((out, *torch.autograd.grad(out.square().sum(), [h, *weights])))
     for a, e in zip(*results[::-1], strict=True):
         assert_close(a.cpu(), e, 1e-10)
+
+
+def test_data_parallel(tmp_path: Path) -> None:
+    edges, sizes = batch([several_sinks()])
+    topology = Topology.from_edges(edges, sizes)
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = torch.nn.ParameterList(layer_weights(4))
+
+        def forward(self, h: Tensor) -> Tensor:
+            return gated_gnn(h, topology, *self.weights)
+
+    h, layer = states(sum(sizes), 4), Layer()
+    expected = torch.autograd.grad(layer(h).sum(), list(layer.parameters()))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        torch.nn.parallel.DistributedDataParallel(layer)(h).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    for parameter, e in zip(layer.parameters(), expected, strict=True):
+        assert torch.equal(parameter.grad, e)
 
 
 def test_torch_func() -> None:
