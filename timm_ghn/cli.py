@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status. What a user did wrong is told in one sentence, without a traceback."""
     parser = argparse.ArgumentParser(prog="timm-ghn", description="Predicted weights for timm models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for add in (_add_list, _add_create, _add_demo):
+    for add in (_add_list, _add_create, _add_demo, _add_train):
         add(commands)
     args = parser.parse_args(argv)
     try:
@@ -129,6 +129,12 @@ def _demo(args: argparse.Namespace) -> None:
             with torch.no_grad():
                 right = sum(int((model(x).argmax(1) == y).sum()) for x, y in images.batches(250))
             console.print(f"  {name:<12} {right / len(images):6.2%}", highlight=False)
+
+
+def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from .training.command import add_arguments
+
+    add_arguments(commands.add_parser("train", help="train a GHN on images, over random architectures"))
 
 
 if __name__ == "__main__":

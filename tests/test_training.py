@@ -1,0 +1,374 @@
+"""Training: what resumes, what processes share, what is skipped, what is refused, and that anything is learnt."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from timm_ghn.cli import main
+from timm_ghn.hub import load_ghn
+from timm_ghn.hypernet import GHNConfig
+from timm_ghn.training import checkpoint
+from timm_ghn.training.architectures import Architecture, architecture
+from timm_ghn.training.checkpoint import TrainingError, load_checkpoint, save_checkpoint
+from timm_ghn.training.config import PRESETS, TrainConfig
+from timm_ghn.training.data import ImageDataset
+from timm_ghn.training.pool import Schedule, Share, TaskPool
+from timm_ghn.training.task import Task, prepare
+from timm_ghn.training.trainer import Trainer, new_ghn
+
+SIZE = 16
+CONFIG = TrainConfig(
+    ghn=GHNConfig(num_classes=3, max_shape=(16, 16, 3, 3), hid=8),
+    architectures=(Share("timm", ("plain", "residual"), 400_000),),
+    steps=6, batch_size=8, warmup=2, spacing=1, uses=2, eval_every=100, val_architectures=2, val_images=10,
+)  # fmt: skip
+
+
+def images(count: int, seed: int = 0) -> ImageDataset:
+    """Images whose class is the channel that is brightest."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 128, (count, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(count) % 3
+    pixels[torch.arange(count), labels] += 120
+    return ImageDataset(pixels, labels, 3)
+
+
+TRAIN, VAL = images(60), images(15, seed=1)
+
+
+def trainer(directory: Path, config: TrainConfig = CONFIG, **options: Any) -> Trainer:
+    return Trainer(config, TRAIN, VAL, directory, **{"workers": 0, **options})
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a run's checkpoint."""
+    tensors, _ = load_checkpoint(directory / "checkpoints")
+    return {f"{part}/{name}": value for part, values in tensors.items() for name, value in values.items()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    trainer(directory).run()
+    return directory
+
+
+# --- the run --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resumed_run_equals_an_uninterrupted_one(uninterrupted: Path, tmp_path: Path, workers: int) -> None:
+    state = torch.get_rng_state()
+    trainer(tmp_path, workers=workers).run(until=3)
+    assert torch.equal(state, torch.get_rng_state()), "training leaves the caller's random state alone"
+    trainer(tmp_path, workers=workers, resume=True).run()
+    expected, found = weights(uninterrupted), weights(tmp_path)
+    assert expected.keys() == found.keys() and len(expected) > 100
+    for name in expected:
+        assert torch.equal(expected[name], found[name]), name
+    with (tmp_path / "log.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["3", "6"]
+
+
+def test_what_a_run_leaves(uninterrupted: Path) -> None:
+    assert {path.name for path in uninterrupted.iterdir()} == {
+        "checkpoints", "log.csv", "curves.png", "model.safetensors", "config.json", "README.md",
+    }  # fmt: skip
+    assert [path.name for path in (uninterrupted / "checkpoints").iterdir()] == ["step-000000006"]
+    ghn = load_ghn(uninterrupted)
+    assert ghn.config == CONFIG.ghn
+    averaged = load_checkpoint(uninterrupted / "checkpoints")[0]["ema"]
+    assert all(torch.equal(value, averaged[name]) for name, value in ghn.state_dict().items())
+    card = (uninterrupted / "README.md").read_text()
+    assert "Architecture-steps | 12 " in card and '"meta_batch": 2' in card
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, steps=60, lr=1e-2, warmup=5, ema=0.9, uses=6, val_images=15)
+    config = dataclasses.replace(config, architectures=(Share("timm", ("plain",), 200_000),))
+    run = trainer(tmp_path, config)
+    assert run.validate()["val_mean"] < 50
+    assert run.run()["val_mean"] > 65
+
+
+def test_starting_from_weights(uninterrupted: Path, tmp_path: Path) -> None:
+    init = load_ghn(uninterrupted)
+    run = trainer(tmp_path, init=init)
+    for name, value in run.ghn.state_dict().items():
+        assert torch.equal(value, init.state_dict()[name])
+    other = dataclasses.replace(CONFIG, ghn=dataclasses.replace(CONFIG.ghn, hid=16))
+    with pytest.raises(TrainingError, match="differs in hid"):
+        trainer(tmp_path, other, init=init)
+
+
+def test_a_budget_of_time_ends_a_run_and_its_decay(tmp_path: Path) -> None:
+    run = trainer(tmp_path, dataclasses.replace(CONFIG, steps=None))
+    run.run(minutes=0.02)
+    assert run.progress == 1 and run.seconds >= 1.2
+    assert run.learning_rate() == pytest.approx(0.01 * CONFIG.lr)
+    with pytest.raises(TrainingError, match="Neither a number of steps nor of minutes"):
+        run.run()
+    with pytest.raises(TrainingError, match="minutes is -1"):
+        run.run(minutes=-1)
+
+
+def test_two_processes_train_like_one(tmp_path: Path) -> None:
+    """Through torchrun, as users do it; gloo, since there are more processes than GPUs."""
+    source = write_parquet(tmp_path / "data.parquet", TRAIN)
+    arguments = ["train", "--data", source, "--holdout", "15", "--steps", "1", "--meta-batch", "4", "--batch-size", "8"]
+    arguments += [
+        "--lr",
+        "0.2",
+        "--device",
+        "cpu",
+        "--workers",
+        "0",
+        "--no-bf16",
+        "--hid",
+        "8",
+        "--max-shape",
+        "16,16,3,3",
+    ]
+    arguments += ["--architectures", "timm:0:400000", "--val-architectures", "2", "--val-images", "10"]
+    assert main([*arguments, "--out", str(tmp_path / "one")]) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    launch += ["timm_ghn.training", *arguments[1:], "--out", str(tmp_path / "two")]
+    done = subprocess.run(launch, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    start = new_ghn(GHNConfig(3, (16, 16, 3, 3), 8), seed=0).state_dict()
+
+    def joined(tensors: dict[str, torch.Tensor], pattern: str) -> torch.Tensor:
+        return torch.cat([tensors[pattern.format(name)].flatten() for name in start])
+
+    # Sums in another order differ in their last bits, and Adam makes a whole step of it where a gradient is almost 0,
+    # so that parameters are compared after the first step, before the difference can grow.
+    mean = joined(one, "optimizer/{}/exp_avg")
+    assert (joined(two, "optimizer/{}/exp_avg") - mean).norm() < 1e-4 * mean.norm()
+    moved = joined(one, "ghn/{}") - joined(start, "{}")
+    assert (joined(two, "ghn/{}") - joined(one, "ghn/{}")).norm() < 0.05 * moved.norm()
+
+
+def test_steps_without_a_finite_gradient_are_skipped_counted_and_in_the_end_fatal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = Task.logits
+    bad_steps = {1, 2}
+    run = trainer(tmp_path, dataclasses.replace(CONFIG, steps=10, max_skipped=2))
+    monkeypatch.setattr(Task, "logits", lambda *args: logits(*args) * (torch.nan if run.step in bad_steps else 1.0))
+    run.run(until=4)
+    assert run.skipped == [1, 2] and run.step == 4
+    assert all(value.isfinite().all() for value in weights(tmp_path).values())
+    assert run.optimizer.state_dict()["state"][0]["step"] == 2
+    bad_steps.add(5)
+    with pytest.raises(TrainingError, match=r"3 of the last 6 steps had no finite gradient"):
+        run.run()
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def test_a_directory_with_a_run_is_not_overwritten(uninterrupted: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="holds a run already"):
+        trainer(uninterrupted)
+    with pytest.raises(TrainingError, match="no checkpoint to resume from"):
+        trainer(tmp_path, resume=True)
+    with pytest.raises(TrainingError, match=r"All 6 steps of the run .* are done"):
+        trainer(uninterrupted, resume=True).run()
+
+
+def test_resuming_under_another_config_or_on_other_images(uninterrupted: Path) -> None:
+    with pytest.raises(TrainingError, match=r"has lr = 0.001, not 0.002; resume it under its own config"):
+        trainer(uninterrupted, dataclasses.replace(CONFIG, lr=2e-3), resume=True)
+    with pytest.raises(TrainingError, match="trained on other images"):
+        Trainer(CONFIG, images(60, seed=5), VAL, uninterrupted, workers=0, resume=True)
+
+
+def test_a_damaged_checkpoint(tmp_path: Path) -> None:
+    trainer(tmp_path).run(until=1)
+    (directory,) = (tmp_path / "checkpoints").iterdir()
+    whole = (directory / "optimizer.safetensors").read_bytes()
+    for name, content in (("optimizer.safetensors", whole[:-9]), ("optimizer.safetensors", None), ("state.json", b"{")):
+        before = (directory / name).read_bytes()
+        if content is None:
+            (directory / name).unlink()
+        else:
+            (directory / name).write_bytes(content)
+        with pytest.raises(TrainingError, match="damaged"):
+            trainer(tmp_path, resume=True)
+        (directory / name).write_bytes(before)
+    trainer(tmp_path, resume=True)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    small, large = {"ghn": {"x": torch.ones(4)}}, {"ghn": {"x": torch.ones(1 << 20)}}
+    save_checkpoint(tmp_path, 1, small, {"step": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))  # files cannot grow, as if the disk were full
+    try:
+        with pytest.raises(TrainingError, match="the checkpoint of step 1 is intact: make room and resume"):
+            save_checkpoint(tmp_path, 2, large, {"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert load_checkpoint(tmp_path)[1] == {"step": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000001"], "nothing half-written is left"
+
+
+def test_an_interrupted_save_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_checkpoint(tmp_path, 1, {"ghn": {"x": torch.ones(4)}}, {"step": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", lambda *args, **kwargs: None)  # the process is gone at once
+        patch.setattr(checkpoint.os, "rename", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(tmp_path, 2, {"ghn": {"x": torch.zeros(4)}}, {"step": 2})
+    assert len(list(tmp_path.iterdir())) == 2
+    tensors, state = load_checkpoint(tmp_path)
+    assert state == {"step": 1} and tensors["ghn"]["x"].sum() == 4
+    save_checkpoint(tmp_path, 3, {"ghn": {"x": torch.ones(4)}}, {"step": 3})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000003"], "left-overs are cleared away"
+
+
+def test_data_that_does_not_fit(tmp_path: Path) -> None:
+    for broken, problem in (
+        (dataclasses.replace(TRAIN, images=TRAIN.images[:0], labels=TRAIN.labels[:0]), "no training images"),
+        (dataclasses.replace(TRAIN, num_classes=4), "have 4 classes, the GHN 3"),
+        (dataclasses.replace(TRAIN, labels=TRAIN.labels + 1), "labels are 1 to 3, those of 3 classes 0 to 2"),
+    ):
+        with pytest.raises(TrainingError, match=problem):
+            Trainer(CONFIG, broken, VAL, tmp_path)
+
+
+def test_configs() -> None:
+    assert TrainConfig.from_dict(CONFIG.to_dict()) == CONFIG
+    for preset in PRESETS.values():
+        config = {**preset, "ghn": {"num_classes": 10, **preset.get("ghn", {})}}
+        assert TrainConfig.from_dict(TrainConfig.from_dict(config).to_dict()) == TrainConfig.from_dict(config)
+    plain = {"ghn": {"num_classes": 3}}
+    for wrong, problem in (
+        ({"uses": 0}, "uses is 0"),
+        ({"decay": "sine"}, "decay is 'sine'"),
+        ({"learning_rate": 1}, "not a training config"),
+        ({"architectures": [{"weight": 0}]}, "no share"),
+        ({"ghn": {"hid": 8}}, "num_classes"),
+    ):
+        with pytest.raises(TrainingError, match=problem):
+            TrainConfig.from_dict({**plain, **wrong})
+
+
+def test_a_mixture_that_cannot_be_drawn_from(tmp_path: Path) -> None:
+    for share, problem in ((Share("timm", ("resnot",)), "resnot"), (Share("timm", ("vgg",), 10), "raise the limits")):
+        with pytest.raises(TrainingError, match=problem):
+            trainer(tmp_path, dataclasses.replace(CONFIG, architectures=(share,)))
+
+
+# --- tasks and their schedule ---------------------------------------------------------------------------------------
+
+
+def network(family: str) -> Architecture:
+    return architecture("timm", "train", 3, families=[family], image_size=32)
+
+
+@pytest.mark.parametrize("family", ["bottleneck", "convnext", "vit", "swin"])
+def test_a_task_computes_what_its_network_does(family: str) -> None:
+    """With the network's own parameters, a task is that network; whatever no GHN predicts is among its fixed values."""
+    prepared = prepare(network(family), 5, 32)
+    task = Task(prepared, 5, 32)
+    assert all(parameter.is_meta for parameter in task.module.parameters())
+    real = network(family).build(5).train()
+    real.load_state_dict(task.fixed, strict=False)
+    own = {name: parameter for name, parameter in real.named_parameters() if name in task.shapes}
+    assert own.keys() | task.graph.kept.keys() == dict(real.named_parameters()).keys()
+    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(task.logits(own, x), real(x), atol=1e-4, rtol=1e-4)
+    again = prepare(network(family), 5, 32)
+    assert all(torch.equal(value, again.fixed[name]) for name, value in prepared.fixed.items())
+
+
+def test_a_schedule_uses_each_architecture_equally_often() -> None:
+    schedule = Schedule((Share(),), seed=0, lanes=2, uses=3, spacing=4)
+    for lane in range(2):
+        numbers = [schedule.number(lane, step) for step in range(600)]
+        assert all(number <= step // 3 for step, number in enumerate(numbers)), "one new architecture every 3 steps"
+        assert all(step <= schedule.last_step(lane, number) for step, number in enumerate(numbers))
+        settled = [number for number in numbers if 20 <= number < 150]
+        assert {settled.count(number) for number in settled} == {3}
+        where = [step for step, number in enumerate(numbers) if number == 50]
+        assert min(np.diff(where)) > 3 * 4
+
+
+def test_pools_agree_wherever_they_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    schedule = Schedule(CONFIG.architectures, seed=1, lanes=2, uses=3, spacing=1)
+
+    def keys(lanes: range, first: int, last: int) -> list[list[str]]:
+        pool = TaskPool(schedule, lanes, first, 3, SIZE, torch.device("cpu"), workers=0)
+        found = [[task.architecture.key for task in pool.tasks(step)] for step in range(first, last)]
+        assert len(pool._tasks) < 12
+        return found
+
+    whole = keys(range(2), 0, 24)
+    assert keys(range(2), 9, 24) == whole[9:]
+    assert [[key] for _, key in whole[9:]] == keys(range(1, 2), 9, 24)
+
+
+def test_shares_join_at_their_step() -> None:
+    shares = (Share("timm", ("plain",)), Share("timm", ("vit",), weight=3, from_step=100))
+    schedule = Schedule(shares, seed=0, lanes=1, uses=2, spacing=1)
+    early = {schedule.architecture(0, number, 32).family for number in range(50)}
+    late = [schedule.architecture(0, number, 32).family for number in range(50, 150)]
+    assert early == {"plain"} and 60 <= late.count("vit") <= 90
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def write_parquet(path: Path, data: ImageDataset) -> str:
+    rows = []
+    for image in data.images:
+        buffer = io.BytesIO()
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "PNG")
+        rows.append({"bytes": buffer.getvalue(), "path": ""})
+    pq.write_table(pa.table({"img": rows, "label": data.labels.numpy()}), path)
+    return str(path)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_parquet(tmp_path / "data.parquet", TRAIN)
+    arguments = ["train", "--data", source, "--holdout", "15", "--out", str(tmp_path / "run"), "--device", "cpu"]
+    smaller = ["--hid", "8", "--max-shape", "16,16,3,3", "--architectures", "timm:0:400000", "--batch-size", "8"]
+    smaller += ["--val-architectures", "1", "--val-images", "9", "--workers", "0"]
+    assert main([*arguments, *smaller, "--steps", "4", "--minutes", "1e-6"]) == 0
+    assert load_checkpoint(tmp_path / "run" / "checkpoints")[1]["step"] == 1
+    assert main([*arguments, "--resume", "--lr", "0.5"]) == 1
+    assert "has lr = 0.001, not 0.5" in capsys.readouterr().err
+    assert main([*arguments, "--resume", "--workers", "0"]) == 0
+    assert load_checkpoint(tmp_path / "run" / "checkpoints")[1]["step"] == 4
+    exported = load_file(tmp_path / "run" / "model.safetensors")
+    assert exported["embed.weight"].shape == (15, 8)
+    with pytest.raises(SystemExit):
+        main([*arguments, "--architectures", "torchvision"])
+    assert main(["train", "--data", str(tmp_path / "none.parquet"), "--steps", "1"]) == 1

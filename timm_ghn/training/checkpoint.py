@@ -1,0 +1,143 @@
+"""Training state on disk: written whole or not at all, and nothing in it that could run code."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from timm_ghn.errors import GHNError
+from timm_ghn.hypernet import GHN
+
+logger = logging.getLogger("timm_ghn.training")
+
+_PREFIX = "step-"
+_UNFINISHED = ".unfinished-"
+
+
+class TrainingError(GHNError):
+    """Training cannot start, resume, go on, or write what it has to."""
+
+
+def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    """Writes a checkpoint next to the last one and then removes that.
+
+    Renaming the finished directory is what makes it one, so a save that is interrupted, by whatever, leaves the last
+    checkpoint in place and nothing that could be mistaken for a new one.
+
+    Args:
+        folder: Where checkpoints are; made if it does not exist.
+        step: Number of the next step; of several checkpoints, the one with the largest is the valid one.
+        tensors: Safetensors files to write, by name without suffix.
+        state: What goes to ``state.json``.
+
+    Raises:
+        TrainingError: If it cannot be written, because the disk is full, say.
+    """
+
+    def fill(unfinished: Path) -> None:
+        for name, values in tensors.items():
+            save_file({key: value.contiguous() for key, value in values.items()}, unfinished / f"{name}.safetensors")
+        (unfinished / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+
+    earlier = _checkpoints(folder)
+    target = folder / f"{_PREFIX}{step:09d}"
+    if target in earlier:
+        return
+    intact = f"the checkpoint of step {_step(earlier[-1])} is intact" if earlier else "there is no earlier checkpoint"
+    try:
+        _write_whole(folder, fill, lambda unfinished: os.rename(unfinished, target))
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"Cannot write a checkpoint to {folder} ({error}); {intact}: make room and resume."
+        ) from error
+    for directory in earlier:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The newest checkpoint of a folder: the tensors and the state that `save_checkpoint` got.
+
+    Raises:
+        TrainingError: If there is none, or it is damaged.
+    """
+    checkpoints = _checkpoints(folder)
+    if not checkpoints:
+        raise TrainingError(f"{folder} holds no checkpoint to resume from; start without resuming.")
+    directory = checkpoints[-1]
+    try:
+        tensors = {file.stem: load_file(file) for file in sorted(directory.glob("*.safetensors"))}
+        state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise TrainingError(
+            f"The checkpoint {directory} is damaged ({error}); remove it and start again from the exported weights."
+        ) from error
+    return tensors, state
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether there is one to resume from."""
+    return bool(_checkpoints(folder))
+
+
+def export(directory: Path, ghn: GHN, card: str) -> None:
+    """Writes ``model.safetensors``, ``config.json`` and ``README.md``, replacing each in one go.
+
+    Raises:
+        TrainingError: If they cannot be written.
+    """
+
+    def fill(unfinished: Path) -> None:
+        (unfinished / "README.md").write_text(card, encoding="utf-8")  # otherwise the Hub's mixin writes its own
+        ghn.save_pretrained(unfinished)
+
+    def publish(unfinished: Path) -> None:
+        for file in unfinished.iterdir():
+            os.replace(file, directory / file.name)
+
+    try:
+        _write_whole(directory, fill, publish)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"Cannot export the GHN to {directory} ({error}); make room and resume.") from error
+
+
+def _write_whole(folder: Path, fill: Callable[[Path], None], publish: Callable[[Path], None]) -> None:
+    """Fills a temporary directory, makes sure it is on the disk, and only then publishes it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for left_over in folder.glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(left_over, ignore_errors=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder))
+    try:
+        fill(unfinished)
+        for path in (*unfinished.iterdir(), unfinished):
+            path.chmod(0o755 if path.is_dir() else 0o644)  # temporary ones are private, checkpoints are not
+            _flush(path)
+        publish(unfinished)
+        _flush(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(directory for directory in folder.glob(f"{_PREFIX}*") if directory.is_dir())
+
+
+def _step(directory: Path) -> int:
+    return int(directory.name.removeprefix(_PREFIX))

@@ -1,0 +1,121 @@
+"""What a training run computes, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from timm_ghn.hypernet import GHNConfig
+from timm_ghn.training.checkpoint import TrainingError
+from timm_ghn.training.pool import Share
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides what a run computes, and nothing else: a checkpoint resumes under the same config only.
+
+    Attributes:
+        ghn: The GHN to train.
+        architectures: The mixture of architectures to train on.
+        steps: Length of the run; None for one as long as its time, where the clock drives the learning rate.
+        seed: Decides the GHN's first weights, the architectures, and each step's images.
+        meta_batch: Architectures a step, over all processes.
+        batch_size: Images for each of them.
+        optimizer: "adamw" or "adam".
+        lr: Peak learning rate.
+        betas: Of the optimizer.
+        weight_decay: Of the optimizer.
+        warmup: Steps in which the learning rate rises to its peak.
+        decay: "cosine", or "steps": a tenth after 2/3 of the run and again after 5/6.
+        clip: Upper limit for the gradient's norm.
+        label_smoothing: Of the cross-entropy.
+        penalty: Weight of the summed norms of the predicted parameters in the loss (arXiv 2303.04143, §3.3).
+        ema: Decay of the averaged weights, which are what is validated and exported; 0 for none.
+        uses: How often an architecture is trained on, see `Schedule`.
+        spacing: Rounds between its uses, see `Schedule`.
+        bf16: Run the predicted networks under bfloat16 autocast.
+        eval_every: Steps between validations, each followed by a checkpoint.
+        val_architectures: Unseen architectures to validate on, of the same mixture.
+        val_images: Images to validate on.
+        max_skipped: Steps without a finite gradient that are tolerated in 1,000.
+    """
+
+    ghn: GHNConfig
+    architectures: tuple[Share, ...] = (Share(),)
+    steps: int | None = None
+    seed: int = 0
+    meta_batch: int = 2
+    batch_size: int = 64
+    optimizer: str = "adamw"
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.98)
+    weight_decay: float = 1e-2
+    warmup: int = 200
+    decay: str = "cosine"
+    clip: float = 5.0
+    label_smoothing: float = 0.05
+    penalty: float = 0.0
+    ema: float = 0.998
+    uses: int = 6
+    spacing: int = 20
+    bf16: bool = False
+    eval_every: int = 1000
+    val_architectures: int = 24
+    val_images: int = 1000
+    max_skipped: int = 50
+
+    def __post_init__(self) -> None:
+        def require(condition: bool, problem: str) -> None:
+            if not condition:
+                raise TrainingError(f"Training config: {problem}.")
+
+        for name in ("meta_batch", "batch_size", "uses", "spacing", "eval_every", "val_architectures", "val_images"):
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("lr", "clip"):
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be above 0")
+        require(self.steps is None or self.steps > 0, f"steps is {self.steps}; it must be at least 1, or null")
+        for name, allowed in (("optimizer", ("adamw", "adam")), ("decay", ("cosine", "steps"))):
+            value = getattr(self, name)
+            require(value in allowed, f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+        require(0 <= self.ema < 1, f"ema is {self.ema}; it must be from 0 to below 1")
+        first = [share for share in self.architectures if share.from_step == 0 and share.weight > 0]
+        require(bool(first), "no share of the architectures has a weight above 0 and starts at step 0")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types for JSON."""
+        shares = [{**dataclasses.asdict(share), "families": list(share.families)} for share in self.architectures]
+        plain = {**dataclasses.asdict(self), "ghn": self.ghn.to_dict(), "architectures": shares}
+        return {**plain, "betas": list(self.betas)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TrainConfig:
+        """Inverse of `to_dict`; keys that are missing take their defaults.
+
+        Raises:
+            TrainingError: If a key is unknown or a value is out of range.
+        """
+        data = dict(data)
+        try:
+            data["ghn"] = GHNConfig.from_dict(data["ghn"])
+            if "architectures" in data:
+                shares = ({**share, "families": tuple(share.get("families", ()))} for share in data["architectures"])
+                data["architectures"] = tuple(Share(**share) for share in shares)
+            if "betas" in data:
+                data["betas"] = tuple(data["betas"])
+            return cls(**data)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise TrainingError(f"This is not a training config ({error}); see TrainConfig for its fields.") from error
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The defaults of `TrainConfig`: many small steps.
+    "ghn2": {},
+    "ghn3": {"ghn": {"hypernet": "graphormer", "hid": 64, "layers": 3}, "penalty": 3e-5},
+    # The recipe of arXiv 2110.13100, appendix B: the baseline.
+    "published": {
+        "meta_batch": 8, "optimizer": "adam", "betas": [0.9, 0.999], "weight_decay": 0.0, "warmup": 0,
+        "decay": "steps", "label_smoothing": 0.0, "ema": 0.0, "uses": 1,
+    },
+}  # fmt: skip
+"""Named differences from the defaults of `TrainConfig`."""

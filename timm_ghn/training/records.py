@@ -1,0 +1,119 @@
+"""What a training run leaves for people: a CSV log, its curves as a picture, and the model card."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger("timm_ghn.training")
+
+COLUMNS = (
+    "step", "minutes", "steps_per_second", "learning_rate", "loss", "accuracy", "gradient_norm", "skipped",
+    "val_mean", "val_min", "val_max",
+)  # fmt: skip
+
+
+class Log:
+    """A CSV file with a row every so many steps; a resumed run goes on where its checkpoint was written."""
+
+    def __init__(self, path: Path, first_step: int):
+        rows = []
+        if path.exists():
+            with path.open(newline="", encoding="utf-8") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= first_step]
+        self._file = path.open("w", newline="", encoding="utf-8")
+        self._writer = csv.DictWriter(self._file, COLUMNS)
+        self._writer.writeheader()
+        self._writer.writerows(rows)
+
+    def write(self, **row: float) -> None:
+        """Appends a row; columns that are not given stay empty."""
+        self._writer.writerow({name: f"{value:.6g}" for name, value in row.items()})
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def plot_curves(log: Path, picture: Path) -> None:
+    """Draws loss and accuracies over the steps; without matplotlib it only says so."""
+    if importlib.util.find_spec("matplotlib") is None:
+        logger.warning('no curves are drawn: pip install "timm-ghn[plot]"')
+        return
+    from matplotlib.figure import Figure
+
+    with log.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+
+    def series(column: str) -> tuple[list[float], list[float]]:
+        given = [row for row in rows if row[column]]
+        return [float(row["step"]) for row in given], [float(row[column]) for row in given]
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(*series("loss"))
+    left.set(xlabel="step", ylabel="training loss")
+    right.plot(*series("accuracy"), label="training batches")
+    steps, means = series("val_mean")
+    right.plot(steps, means, marker=".", label="validation, unseen architectures")
+    right.fill_between(steps, series("val_min")[1], series("val_max")[1], alpha=0.2, label="their range")
+    right.set(xlabel="step", ylabel="top-1 of predicted weights, %")
+    right.legend()
+    figure.savefig(picture)
+
+
+_CARD = """---
+library_name: timm-ghn
+license: apache-2.0
+tags:
+- graph-hypernetwork
+- timm
+- image-classification
+---
+
+# A graph hypernetwork for {classes} classes
+
+It reads a network's architecture as a graph and predicts the network's parameters in one forward pass. Trained on
+{images:,} images of {size}×{size} pixels with [timm-ghn](https://github.com/timm-ghn/timm-ghn).
+
+```python
+import timm, timm_ghn
+
+timm_ghn.register("mine", "path/to/this/directory")
+model = timm.create_model("resnet50", pretrained_cfg="mine", num_classes={classes})
+```
+
+| | |
+|---|---|
+| Architecture-steps | {architecture_steps:,} ({steps:,} steps of {meta_batch} networks, {batch_size} images each) |
+| Time | {minutes:.0f} minutes on {processes} |
+| Validation | {validation} |
+
+Top-1 is that of predicted weights without a gradient step, with batch norms using the statistics of batches of
+{val_batch} images, on {val_images} images and {val_architectures} architectures, neither of which it was trained on.
+
+## GHN
+
+```json
+{ghn}
+```
+
+## Training
+
+```json
+{training}
+```
+"""
+
+
+def model_card(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+    """The README of an exported GHN: a run's configuration, and the `facts` that the template asks for."""
+    training = {name: value for name, value in config.items() if name != "ghn"}
+    return _CARD.format(
+        **{**config, **facts, "ghn": json.dumps(config["ghn"], indent=2), "training": json.dumps(training, indent=2)}
+    )

@@ -1,0 +1,91 @@
+"""One architecture as a training task: its graph, and the network run with whatever parameters a GHN predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from timm_ghn.assign import tile
+from timm_ghn.graph import ComputationGraph, trace
+from timm_ghn.training.architectures import Architecture
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What takes time to find out about an architecture, found out ahead by a worker process.
+
+    Attributes:
+        architecture: The network's description.
+        graph: Its computation graph.
+        fixed: Values of the parameters that no GHN predicts and of the buffers, by name; statistics of batch norms are
+            not among them.
+    """
+
+    architecture: Architecture
+    graph: ComputationGraph
+    fixed: dict[str, Tensor]
+
+
+def prepare(architecture: Architecture, num_classes: int, image_size: int) -> Prepared:
+    """Traces an architecture; a pure function of its arguments."""
+    skeleton = architecture.skeleton(num_classes, image_size=image_size)
+    graph = trace(skeleton, (3, image_size, image_size))
+    statistics = {id(buffer) for module in _batch_norms(skeleton) for buffer in module.buffers(recurse=False)}
+    needed = {name for name, buffer in skeleton.named_buffers() if id(buffer) not in statistics} | graph.kept.keys()
+    fixed = {}
+    if needed:
+        # A skeleton has no values; those of the real network depend on nothing but its description.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(architecture.key[:15], 16))
+            network = architecture.build(num_classes, image_size=image_size)
+        values = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+        fixed = {name: values[name].detach() for name in sorted(needed)}
+    return Prepared(architecture, graph, fixed)
+
+
+class Task:
+    """A network without parameters of its own: the module lives on the meta device, its values come with every call.
+
+    Batch norms use the statistics of their batch, so that there is nothing to keep between calls.
+
+    Attributes:
+        architecture: The network's description.
+        graph: What the GHN reads.
+        shapes: Names and shapes of the parameters that the GHN predicts.
+    """
+
+    def __init__(self, prepared: Prepared, num_classes: int, image_size: int, device: torch.device | str = "cpu"):
+        self.architecture = prepared.architecture
+        self.graph = prepared.graph
+        # A tensor from a worker process holds an open file for as long as it lives; copies do not.
+        self.fixed = {name: value.to(device, copy=True) for name, value in prepared.fixed.items()}
+        self.module = self.architecture.skeleton(num_classes, image_size=image_size).train()
+        for module in _batch_norms(self.module):
+            module.track_running_stats = False
+            module.running_mean = module.running_var = module.num_batches_tracked = None
+        self.shapes = {name: p.shape for name, p in self.module.named_parameters() if name not in self.graph.kept}
+
+    def parameters(self, tiles: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the GHN predicted, in the parameters' full shapes; differentiable."""
+        full = {}
+        for name, shape in self.shapes.items():
+            tensor = tiles[name]
+            ones = (1,) * (len(shape) - tensor.ndim)  # a classifier written as a 1x1 convolution
+            full[name] = tile(tensor.view(*tensor.shape, *ones), shape)
+        return full
+
+    def logits(self, parameters: Mapping[str, Tensor], images: Tensor, bf16: bool = False) -> Tensor:
+        """float32 [n, classes] of the network with these parameters, for float32 images [n, 3, size, size]."""
+        # Convolutions of this layout are faster on both devices, and it passes from layer to layer.
+        images = images.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+            output: Tensor = functional_call(self.module, {**self.fixed, **parameters}, (images,))
+        return output.float()
+
+
+def _batch_norms(module: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    return [child for child in module.modules() if isinstance(child, nn.modules.batchnorm._BatchNorm)]

@@ -1,0 +1,460 @@
+"""The training loop: a meta-batch of architectures, each with its batch of images, one step of the GHN."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import Tensor, nn
+
+from timm_ghn.hypernet import GHN, GHNConfig
+from timm_ghn.training.checkpoint import TrainingError, export, has_checkpoint, load_checkpoint, save_checkpoint
+from timm_ghn.training.config import TrainConfig
+from timm_ghn.training.data import ImageDataset
+from timm_ghn.training.pool import Schedule, TaskPool, draw_architecture
+from timm_ghn.training.records import Log, model_card, plot_curves
+from timm_ghn.training.task import Task, prepare
+
+logger = logging.getLogger("timm_ghn.training")
+
+_VAL_BATCH = 250
+_SKIP_WINDOW = 1000
+_FINAL_LR = 0.01  # of the peak, where the cosine ends
+_ROW_EVERY = 100  # steps, in the log
+_AVERAGED = ("loss", "accuracy", "gradient_norm", "learning_rate")
+_STATE = ("step", "progress", "seconds", "skipped", "best")  # of a trainer, beside its tensors
+
+
+def new_ghn(config: GHNConfig, seed: int) -> GHN:
+    """A GHN with fresh weights that decide nothing yet but can be trained."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        ghn = GHN(config)
+        if config.hypernet == "graphormer":
+            # Its states are sums over many embeddings and layers: with torch's defaults the first predictions are too
+            # large for networks without norms.
+            for module in ghn.modules():
+                if isinstance(module, nn.Embedding):
+                    nn.init.trunc_normal_(module.weight, std=config.hid**-0.5)
+            decoder: Any = ghn.decoder
+            kernels = decoder.conv if config.decoder == "conv" else decoder.mlp.fc
+            outputs: Any = (kernels, decoder.class_layer_predictor, ghn.decoder_1d.fc)
+            with torch.no_grad():
+                for layers in outputs:
+                    layers[-1].weight /= 5
+                    layers[-1].bias.zero_()
+    return ghn
+
+
+class Trainer:
+    """A training run in a directory.
+
+    The directory gets ``log.csv``, ``curves.png``, the GHN with the best validation so far (``model.safetensors``,
+    ``config.json``, ``README.md``), and ``checkpoints/``. A run that resumes from there gets the same weights, bit for
+    bit, as one that never stopped, as long as ``config.steps`` rather than the clock drives the learning rate and the
+    number of threads is the same: random numbers are a function of the seed, the step and the place in the meta-batch.
+
+    Under `torch.distributed` each process trains its share of the meta-batch.
+
+    Args:
+        config: What to compute.
+        train: Images to train on.
+        val: Images to validate on.
+        directory: The run's directory.
+        device: Where to compute; `train` and `val` are moved there.
+        workers: Processes that prepare architectures; 0 for none.
+        init: Weights to start from.
+        resume: Go on from the directory's checkpoint; without it, a directory that has one is refused.
+
+    Raises:
+        TrainingError: If the arguments do not fit each other or the directory's checkpoint.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        train: ImageDataset,
+        val: ImageDataset,
+        directory: Path,
+        *,
+        device: torch.device | str = "cpu",
+        workers: int = 1,
+        init: GHN | None = None,
+        resume: bool = False,
+    ):
+        self.config, self.directory, self.workers = config, directory, workers
+        self.device = torch.device(device)
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if config.meta_batch % self.world:
+            raise TrainingError(
+                f"A meta-batch of {config.meta_batch} cannot be shared equally by {self.world} processes; "
+                "choose a multiple."
+            )
+        lanes = config.meta_batch // self.world
+        self.lanes = range(self.rank * lanes, (self.rank + 1) * lanes)
+        _check_data(config, train, val)
+        self.train, self.val = train.to(self.device), val.to(self.device)
+
+        if init is not None and init.config != config.ghn:
+            differing = [k for k, v in init.config.to_dict().items() if config.ghn.to_dict()[k] != v]
+            raise TrainingError(f"The weights to start from are another GHN's: it differs in {', '.join(differing)}.")
+        self.ghn = (new_ghn(config.ghn, config.seed) if init is None else copy.deepcopy(init)).to(self.device).train()
+        self.ema = copy.deepcopy(self.ghn).requires_grad_(False).eval()
+        optimizer = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+        self.optimizer = optimizer(
+            self.ghn.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+        )
+        # Gradients are views of one tensor, with four sums behind them that travel along: loss, correct predictions,
+        # the clock, and whether somebody wants to stop. One call then averages over processes, and one reads it all.
+        sizes = [parameter.numel() for parameter in self.ghn.parameters()]
+        self.gradient = torch.zeros(sum(sizes) + 4, device=self.device)
+        for parameter, part in zip(self.ghn.parameters(), self.gradient[:-4].split(sizes), strict=True):
+            parameter.grad = part.view_as(parameter)
+
+        self.step = 0
+        self.progress = 0.0  # of the learning rate's decay, 0 to 1
+        self.seconds = 0.0  # of training, over all resumptions
+        self.skipped: list[int] = []  # recent steps without a finite gradient
+        self.best: dict[str, float] = {}  # the best validation
+        self._stop = False
+        checkpoints = directory / "checkpoints"
+        if resume:
+            self._restore(*load_checkpoint(checkpoints))
+        elif has_checkpoint(checkpoints):
+            raise TrainingError(f"{directory} holds a run already; resume it, or choose another directory.")
+        self._prepare_validation()
+
+    # ---- one step ---------------------------------------------------------------------------------------------------
+
+    def learning_rate(self) -> float:
+        """Of the current step."""
+        warm = min(1.0, (self.step + 1) / self.config.warmup) if self.config.warmup else 1.0
+        if self.config.decay == "steps":
+            return self.config.lr * warm * 0.1 ** ((self.progress >= 2 / 3) + (self.progress >= 5 / 6))
+        cosine = 0.5 * (1 + math.cos(math.pi * self.progress))
+        return self.config.lr * warm * (_FINAL_LR + (1 - _FINAL_LR) * cosine)
+
+    def train_step(self, tasks: list[Task], clock: float = 0.0) -> dict[str, float]:
+        """Trains on one task for each lane of this process.
+
+        Args:
+            tasks: The tasks.
+            clock: A number of the first process that all are to know.
+
+        Returns:
+            Loss and accuracy over all lanes of all processes, the gradient's norm, whether any process wants to
+            ``stop``, and the first one's ``clock``.
+        """
+        config = self.config
+        lr = self.learning_rate()
+        self.gradient.zero_()
+        sums = self.gradient[-4:]
+        predicted, gradients = [], []
+        for lane, task, tiles in zip(self.lanes, tasks, self.ghn([task.graph for task in tasks]), strict=True):
+            # Each network's backward pass ends at what was predicted for it, so that only one network's activations
+            # are in memory at a time. One pass through the GHN then takes all of them further.
+            leaves = {name: tiles[name].detach().requires_grad_() for name in task.shapes}
+            images, labels = self.train.sample(config.batch_size, self._generator(lane))
+            parameters = task.parameters(leaves)
+            logits = task.logits(parameters, images, config.bf16)
+            loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+            if config.penalty:
+                loss = loss + config.penalty * torch.stack(torch._foreach_norm(list(parameters.values()))).sum()
+            loss = loss / config.meta_batch
+            loss.backward()
+            sums[0] += loss.detach()
+            sums[1] += (logits.argmax(1) == labels).sum()
+            for name, leaf in leaves.items():
+                if leaf.grad is not None:
+                    predicted.append(tiles[name])
+                    gradients.append(leaf.grad)
+        torch.autograd.backward(predicted, gradients)
+        sums[2] = clock if self.rank == 0 else 0.0
+        sums[3] = float(self._stop)
+        if self.world > 1:
+            dist.all_reduce(self.gradient)
+
+        gradient = self.gradient[:-4]
+        norm, total_loss, correct, clock, stop = torch.cat((gradient.norm()[None], sums)).tolist()
+        if math.isfinite(norm):
+            gradient *= min(1.0, config.clip / (norm + 1e-6))
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            decay = min(config.ema, (1 + self.step) / (10 + self.step))
+            torch._foreach_lerp_(list(self.ema.parameters()), [p.detach() for p in self.ghn.parameters()], 1 - decay)
+        else:
+            self._count_skipped()
+        self.step += 1
+        if config.steps is not None:
+            self.progress = self.step / config.steps
+        accuracy = 100 * correct / (config.meta_batch * config.batch_size)
+        return {
+            "loss": total_loss, "accuracy": accuracy, "gradient_norm": norm, "learning_rate": lr, "clock": clock,
+            "stop": stop,
+        }  # fmt: skip
+
+    def stop(self) -> None:
+        """Ends `run` after the step under way, in all processes."""
+        self._stop = True
+
+    def _generator(self, lane: int) -> torch.Generator:
+        """The device's generator, in a state that only the seed, the step and the lane decide."""
+        torch.manual_seed((self.config.seed * 1_000_003 + self.step) * self.config.meta_batch + lane)
+        if self.device.type == "cuda":
+            return torch.cuda.default_generators[self.device.index or 0]
+        return torch.default_generator
+
+    def _count_skipped(self) -> None:
+        self.skipped = [step for step in (*self.skipped, self.step) if step > self.step - _SKIP_WINDOW]
+        logger.warning("step %d skipped: the gradient is not finite", self.step)
+        if len(self.skipped) > self.config.max_skipped:
+            raise TrainingError(
+                f"{len(self.skipped)} of the last {min(self.step + 1, _SKIP_WINDOW)} steps had no finite gradient; "
+                "lower the learning rate or the clip, and resume from the last checkpoint."
+            )
+
+    # ---- the loop ---------------------------------------------------------------------------------------------------
+
+    def run(self, minutes: float | None = None, until: int | None = None) -> dict[str, float]:
+        """Trains until the steps are done or the time is up, whichever comes first; then validates and saves.
+
+        Ctrl-C and SIGTERM end it after the step under way, in the same orderly way.
+
+        Args:
+            minutes: Wall-clock budget of this call. In a run without a number of steps it also sets the pace of the
+                learning rate, which decays over what is left of it.
+            until: Stop before this step.
+
+        Returns:
+            The last validation: mean, min and max of top-1 in percent.
+        """
+        config = self.config
+        if config.steps is None and minutes is None:
+            raise TrainingError("Neither a number of steps nor of minutes is given; give at least one.")
+        if minutes is not None and minutes <= 0:
+            raise TrainingError(f"minutes is {minutes}; it must be above 0.")
+        if config.steps is None and self.progress >= 1:
+            self.progress = 0.0  # the clock has been through once: start over from the peak
+        end = min(limit for limit in (config.steps, until, math.inf) if limit is not None)
+        if self.step >= end:
+            raise TrainingError(
+                f"All {self.step} steps of the run in {self.directory} are done; start another from its weights."
+            )
+        schedule = Schedule(config.architectures, config.seed, config.meta_batch, config.uses, config.spacing)
+        classes, size = config.ghn.num_classes, self.train.image_size
+        pool = TaskPool(schedule, self.lanes, self.step, classes, size, self.device, self.workers)
+        self._stop = False
+        started, earlier = time.monotonic(), self.seconds
+        first_step, first_progress = self.step, self.progress
+        recent: list[dict[str, float]] = []
+        row_started = started
+        with _orderly_stop(self), _own_random_state(self.device), self._log() as log, self._display() as show:
+            while True:
+                result = self.train_step(pool.tasks(self.step), time.monotonic() - started)
+                recent.append(result)
+                self.seconds = earlier + result["clock"]
+                time_used = result["clock"] / (60 * minutes) if minutes else 0.0
+                if config.steps is None:
+                    self.progress = min(1.0, first_progress + (1 - first_progress) * time_used)
+                show(max(time_used, (self.step - first_step) / (end - first_step)), result)
+
+                done = self.step >= end or time_used >= 1 or result["stop"] > 0
+                validate = done or self.step % config.eval_every == 0
+                if validate or self.step % _ROW_EVERY == 0:
+                    row = {name: sum(r[name] for r in recent) / len(recent) for name in _AVERAGED}
+                    row["steps_per_second"] = len(recent) / (time.monotonic() - row_started)
+                    validation = self.validate() if validate else {}
+                    log(step=self.step, minutes=self.seconds / 60, skipped=len(self.skipped), **row, **validation)
+                    if validate:
+                        self._save(validation)
+                    recent, row_started = [], time.monotonic()
+                if done:
+                    return validation
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Top-1 in percent of what the averaged weights predict, over the validation architectures."""
+        accuracies = torch.zeros(self.config.val_architectures, device=self.device)
+        for index, task in self._val_tasks.items():
+            parameters = task.parameters(self.ema([task.graph])[0])
+            for rows in self._val_rows.split(_VAL_BATCH):
+                images, labels = self.val.batch(rows)
+                accuracies[index] += (task.logits(parameters, images, self.config.bf16).argmax(1) == labels).sum()
+        if self.world > 1:
+            dist.all_reduce(accuracies)
+        accuracies *= 100 / len(self._val_rows)
+        return {
+            "val_mean": accuracies.mean().item(),
+            "val_min": accuracies.min().item(),
+            "val_max": accuracies.max().item(),
+        }
+
+    def _prepare_validation(self) -> None:
+        config, size = self.config, self.train.image_size
+        order = torch.randperm(len(self.val), generator=torch.Generator().manual_seed(0))
+        self._val_rows = order[: config.val_images].to(self.device)
+        self._val_tasks = {}
+        try:
+            for share in config.architectures:
+                draw_architecture([share], "train", 0, size)
+            for index in range(self.rank, config.val_architectures, self.world):
+                drawn = draw_architecture(config.architectures, "val", index, size)
+                prepared = prepare(drawn, config.ghn.num_classes, size)
+                self._val_tasks[index] = Task(prepared, config.ghn.num_classes, size, self.device)
+        except ValueError as error:
+            raise TrainingError(f"The mixture of architectures cannot be drawn from: {error}") from error
+
+    # ---- what is kept -----------------------------------------------------------------------------------------------
+
+    def _save(self, validation: dict[str, float]) -> None:
+        """Exports the GHN if it is the best so far, and writes a checkpoint."""
+        better = validation["val_mean"] > self.best.get("val_mean", -math.inf)
+        if better:
+            self.best = {"step": self.step, **validation}
+        if self.rank > 0:
+            return
+        logger.info("step %d: validation %.2f %% (%.2f to %.2f)", self.step, *validation.values())
+        if better:
+            export(self.directory, self.ema, self._card())
+        names = [name for name, _ in self.ghn.named_parameters()]
+        moments = self.optimizer.state_dict()["state"]
+        tensors = {
+            "ghn": self.ghn.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": {f"{names[i]}/{key}": value for i, state in moments.items() for key, value in state.items()},
+        }
+        state = {
+            "config": self.config.to_dict(),
+            "data": _fingerprint(self.train),
+            **{name: getattr(self, name) for name in _STATE},
+        }
+        save_checkpoint(self.directory / "checkpoints", self.step, tensors, state)
+        plot_curves(self.directory / "log.csv", self.directory / "curves.png")
+
+    def _restore(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        try:
+            saved, config = TrainConfig.from_dict(state["config"]).to_dict(), self.config.to_dict()
+            for name in saved:
+                if saved[name] != config[name]:
+                    raise TrainingError(
+                        f"The run in {self.directory} has {name} = {saved[name]}, not {config[name]}; resume it under "
+                        "its own config, or start another run from its weights."
+                    )
+            if state["data"] != _fingerprint(self.train):
+                raise TrainingError(f"The run in {self.directory} trained on other images; give it the same data.")
+            self.ghn.load_state_dict(tensors["ghn"])
+            self.ema.load_state_dict(tensors["ema"])
+            moments: dict[int, dict[str, Tensor]] = {}
+            names = {name: index for index, (name, _) in enumerate(self.ghn.named_parameters())}
+            for key, value in tensors["optimizer"].items():
+                name, _, field = key.rpartition("/")
+                moments.setdefault(names[name], {})[field] = value
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+            for name in _STATE:
+                setattr(self, name, state[name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise TrainingError(
+                f"The checkpoint in {self.directory} is damaged ({error}); start again from its exported weights."
+            ) from error
+
+    def _card(self) -> str:
+        facts = {
+            "classes": self.config.ghn.num_classes,
+            "images": len(self.train),
+            "size": self.train.image_size,
+            "steps": self.step,
+            "architecture_steps": self.step * self.config.meta_batch,
+            "minutes": self.seconds / 60,
+            "processes": f"{self.world} × {self.device.type.upper()}",
+            "validation": "mean {val_mean:.2f} %, {val_min:.2f} to {val_max:.2f} %".format(**self.best),
+            "val_batch": _VAL_BATCH,
+        }
+        return model_card(self.config.to_dict(), facts)
+
+    @contextlib.contextmanager
+    def _log(self) -> Iterator[Callable[..., None]]:
+        if self.rank > 0:
+            yield lambda **row: None
+            return
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            log = Log(self.directory / "log.csv", self.step)
+        except OSError as error:
+            raise TrainingError(f"Cannot write to {self.directory} ({error}); choose another directory.") from error
+        with contextlib.closing(log):
+            yield log.write
+
+    @contextlib.contextmanager
+    def _display(self) -> Iterator[Callable[[float, dict[str, float]], None]]:
+        columns = (BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+        with Progress(*columns, console=Console(stderr=True), disable=self.rank > 0) as progress:
+            task = progress.add_task("preparing", total=1.0)
+
+            def show(share: float, result: dict[str, float]) -> None:
+                text = f"step {self.step}  loss {result['loss']:.3f}  accuracy {result['accuracy']:.1f} %"
+                progress.update(task, completed=share, description=text)
+
+            yield show
+
+
+def _check_data(config: TrainConfig, train: ImageDataset, val: ImageDataset) -> None:
+    for name, data in (("training", train), ("validation", val)):
+        if len(data) == 0:
+            raise TrainingError(f"There are no {name} images; give a data set with at least one.")
+        if data.num_classes != config.ghn.num_classes:
+            raise TrainingError(
+                f"The {name} images have {data.num_classes} classes, the GHN {config.ghn.num_classes}; make them equal."
+            )
+        low, high = data.labels.aminmax()
+        if low < 0 or high >= data.num_classes:
+            raise TrainingError(
+                f"The {name} labels are {low} to {high}, those of {data.num_classes} classes 0 to "
+                f"{data.num_classes - 1}; correct the labels or the number of classes."
+            )
+
+
+def _fingerprint(data: ImageDataset) -> dict[str, int]:
+    """Numbers that tell one data set from another."""
+    return {"images": len(data), "image_size": data.image_size, "pixels": int(data.images.sum(dtype=torch.int64))}
+
+
+@contextlib.contextmanager
+def _orderly_stop(trainer: Trainer) -> Iterator[None]:
+    """Turns the first Ctrl-C or SIGTERM into a wish to stop after the step under way; a second one is obeyed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        trainer.stop()
+        signal.signal(number, before[number])
+
+    before: dict[int, Any] = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _own_random_state(device: torch.device) -> Iterator[None]:
+    """Training seeds torch's generators at each step; afterwards they are as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
