@@ -304,7 +304,7 @@ def _pickle_error(path: Path) -> CheckpointError:
 def _read_json(file: Path) -> dict[str, Mapping[str, Any]]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not JSON: {error}.") from error
     return {str(file): config}
 
@@ -366,8 +366,9 @@ def _agreed_config(checkpoint: _Checkpoint) -> GHNConfig:
         if embedded is not None:
             stated[f"the metadata of {checkpoint.file}"] = json.loads(embedded)
         configs = {where: GHNConfig.from_dict(config) for where, config in stated.items()}
-    except (TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"The config of {checkpoint.file} is not a GHN's: {error}") from error
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
+        reason = str(error).rstrip(".")
+        raise CheckpointError(f"The config of {checkpoint.file} is not a GHN's: {reason}.") from error
     if not configs:
         raise CheckpointError(
             f"{checkpoint.file} has no config: put a {CONFIG_NAME} beside it or JSON into its metadata key 'config'."

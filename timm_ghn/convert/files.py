@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from .pickles import Buildable, Bytes, StateDict, Stream, natural, rebuild_tensor, run
+from .pickles import Buildable, Bytes, StateDict, Stream, natural, of, rebuild_tensor, run
 
 _LINE = 256  # the longest names in a pickle are a tenth of this
 # Random weights compress by a tenth, so a file that expands a hundredfold holds something else.
@@ -213,7 +213,7 @@ def _read_legacy(stream: _File) -> Any:
         return storages[key]
 
     content = run(stream, _TORCH, storage)
-    keys = run(stream, {})
+    keys = [of(str, key) for key in run(stream, {})]
     if sorted(keys) != sorted(storages):
         raise ValueError("its list of storages is not that of its tensors")
     for key in keys:
@@ -249,7 +249,7 @@ class _DType(Buildable):
     """A numpy dtype: the little-endian floating-point ones."""
 
     def __init__(self, name: str, *_: object):
-        self.dtype = {"f2": torch.float16, "f4": torch.float32, "f8": torch.float64}[name]
+        self.dtype = {"f2": torch.float16, "f4": torch.float32, "f8": torch.float64}[of(str, name)]
 
     def build(self, state: Any, stream: Stream) -> _DType:
         if state[1] != "<":

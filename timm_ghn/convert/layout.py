@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..hypernet import GHN, GHNConfig
+from .pickles import of
 
 _EMBEDDINGS = ("centrality_embed_in", "centrality_embed_out", "input_dist_embed")
 
@@ -64,20 +65,27 @@ def _config(shapes: Mapping[str, tuple[int, ...]], stated: Mapping[str, Any]) ->
     """The config that the tensors imply, with what they do not show taken from the stated one or the papers."""
     try:
         implied = _implied(shapes)
-    except (KeyError, IndexError, ZeroDivisionError) as error:
-        raise ValueError(f"it is not a GHN's: {error} is missing or has another form") from error
-    stated = dict(stated)
+    except KeyError as error:
+        raise ValueError(f"it is not a GHN's: it has no {error}") from error
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        raise ValueError("it is not a GHN's: its tensors have other shapes") from error
+    stated = {of(str, name): _plain(value) for name, value in stated.items()}
     if stated.pop("is_ghn2", None) is not None:
         stated.pop("hypernet", None)  # GHN-3's program ignores the key and leaves it at its default
     if implied["hypernet"] != "graphormer":
         stated = {name: value for name, value in stated.items() if name not in ("heads", "layers")}
     for name in implied.keys() & stated.keys():
-        value = tuple(stated[name]) if isinstance(stated[name], list) else stated[name]
-        if value != implied[name]:
-            raise ValueError(f"its config says {name}={str(value)[:80]}, its tensors say {implied[name]}")
+        if stated[name] != implied[name]:
+            raise ValueError(f"its config says {name}={stated[name]}, its tensors say {implied[name]}")
     # GHN-1 has neither layer norm nor weight normalisation, GHN-2 and GHN-3 have both; one of them does not show.
     defaults = {"weight_norm": implied["layernorm"], "ve": True}
     return GHNConfig.from_dict({**defaults, **stated, **implied})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(of(int, size) for size in value[:8])
+    return of((bool, int, float, str, None.__class__), value)
 
 
 def _implied(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

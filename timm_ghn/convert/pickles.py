@@ -8,7 +8,6 @@ are strings, and there is a limit to everything.
 
 from __future__ import annotations
 
-import collections
 import math
 import pickletools
 from collections.abc import Callable, Mapping
@@ -17,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 # The largest published checkpoint, 654 million parameters in 317 tensors, takes about 13,000.
-MAX_OPCODES = 1_000_000
+MAX_OPCODES = 100_000
 
 
 class Stream(Protocol):
@@ -49,8 +48,11 @@ class Buildable:
         raise NotImplementedError
 
 
-class StateDict(collections.OrderedDict[str, Any], Buildable):
-    """What the files call OrderedDict; its attributes (torch's ``_metadata``) are dropped."""
+class StateDict(dict[str, Any], Buildable):
+    """What the files call OrderedDict, made empty; its attributes (torch's ``_metadata``) are dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
 
     def build(self, state: Any, stream: Stream) -> StateDict:
         return self
@@ -117,28 +119,28 @@ def run(
                 stack.append({})
             case "APPEND" | "APPENDS":
                 items = pop(1 if opcode.name == "APPEND" else None)
-                _of(list, stack[-1]).extend(items)
+                of(list, stack[-1]).extend(items)
             case "SETITEM" | "SETITEMS":
                 items = pop(2 if opcode.name == "SETITEM" else None)
                 # Only keys that hash in constant time: numbers are the optimiser's parameters.
-                keys = [_of((str, int), key) for key in items[::2]]
-                _of(dict, stack[-1]).update(zip(keys, items[1::2], strict=True))
+                keys = [of((str, int), key) for key in items[::2]]
+                of(dict, stack[-1]).update(zip(keys, items[1::2], strict=True))
             case "GLOBAL" | "STACK_GLOBAL":
-                module, name = arg.split(" ", 1) if opcode.name == "GLOBAL" else (_of(str, part) for part in pop(2))
+                module, name = arg.split(" ", 1) if opcode.name == "GLOBAL" else (of(str, part) for part in pop(2))
                 if f"{module}.{name}" not in names:
                     raise ValueError(f"it names {module}.{name}, which no checkpoint needs")
                 stack.append(names[f"{module}.{name}"])
             case "REDUCE" | "NEWOBJ":
                 function, args = pop(2)
-                stack.append(function(*_of(tuple, args)))
+                stack.append(function(*of(tuple, args)))
             case "BUILD":
                 target, state = pop(2)
-                stack.append(_of(Buildable, target).build(state, stream))
+                stack.append(of(Buildable, target).build(state, stream))
             case "BINPERSID":
-                kind, dtype, key, _location, size, *view = _of(tuple, stack.pop())
+                kind, dtype, key, _location, size, *view = of(tuple, stack.pop())
                 if storage is None or kind != "storage" or view not in ([], [None]):
                     raise ValueError("it refers to something outside its pickle that is not a storage")
-                stack.append(storage(_of(torch.dtype, dtype), _of(str, key), natural(size)))
+                stack.append(storage(of(torch.dtype, dtype), of(str, key), natural(size)))
             case _:
                 raise ValueError(f"its pickle uses {opcode.name}, which no checkpoint needs")
     raise EOFError
@@ -146,23 +148,26 @@ def run(
 
 def rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> torch.Tensor:
     """A tensor as a view of a flat storage, which it must not exceed; gradients and hooks are ignored."""
-    flat = _of(torch.Tensor, storage)
-    size = [natural(n) for n in _of(tuple, size)]
-    stride = [natural(n) for n in _of(tuple, stride)]
+    flat = of(torch.Tensor, storage)
+    size = [natural(n) for n in of(tuple, size)]
+    stride = [natural(n) for n in of(tuple, stride)]
     last = natural(offset) + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if flat.ndim != 1 or len(size) > 8 or math.prod(size) > len(flat) or not 0 <= last < len(flat):
+    if flat.ndim != 1 or len(size) > 8:
+        raise ValueError("a tensor has more dimensions than any parameter")
+    if math.prod(size) > len(flat) or not 0 <= last < len(flat):
         raise ValueError(f"a tensor of size {tuple(size)} does not lie within its storage of {len(flat)} elements")
     return flat.as_strided(size, stride, offset)
 
 
 def natural(value: Any) -> int:
     """A non-negative integer of at most 63 bits."""
-    if not 0 <= _of(int, value) < 1 << 63:
+    if not 0 <= of(int, value) < 1 << 63:
         raise ValueError(f"it has a size of {value}")
     return int(value)
 
 
-def _of(kind: Any, value: Any) -> Any:
+def of(kind: Any, value: Any) -> Any:
+    """The value, which must be of a kind: values can be nested so deeply that hashing, comparing or printing one kills."""
     if not isinstance(value, kind):
         raise TypeError
     return value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from reprlib import repr as short
 from typing import Any
 
 _CHOICES: dict[str, tuple[str | bool, ...]] = {
@@ -60,23 +61,23 @@ class GHNConfig:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 expected = ", ".join(map(str, allowed))
-                raise ValueError(f"GHN config: {name} is {getattr(self, name)!r}; it must be one of {expected}.")
+                raise ValueError(f"GHN config: {name} is {short(getattr(self, name))}; it must be one of {expected}.")
         if len(self.max_shape) != 4 or math.prod(self.max_shape) > _MAX_ELEMENTS:
-            raise ValueError(f"GHN config: max_shape is {self.max_shape!r}; it must be four sizes of a kernel.")
+            raise ValueError(f"GHN config: max_shape is {short(self.max_shape)}; it must be four sizes of a kernel.")
         sizes = [(name, getattr(self, name)) for name in _LIMITS if name != "max_shape"]
         for name, size in (*sizes, *(("max_shape", size) for size in self.max_shape)):
             if type(size) is not int or not 0 < size <= _LIMITS[name]:
                 limit = _LIMITS[name]
-                raise ValueError(f"GHN config: {name} has {size!r}; sizes must be positive integers up to {limit}.")
+                raise ValueError(f"GHN config: {name} has {short(size)}; sizes must be positive integers to {limit}.")
         if self.hid % 4 or (self.hypernet == "graphormer" and self.hid % self.heads):
             raise ValueError(f"GHN config: hid={self.hid} must be a multiple of 4 and of heads={self.heads}.")
         if self.decoder == "lowrank" and self.num_classes > self.max_channels:
             raise ValueError(
-                f"GHN config: with decoder=lowrank, max_shape={self.max_shape} must be as wide as the widest layer, and "
-                f"num_classes={self.num_classes}."
+                f"GHN config: with decoder=lowrank, max_shape={self.max_shape} must be as wide as the widest layer, of "
+                f"which num_classes={self.num_classes} is one."
             )
         if self.branch_scale is not None and not math.isfinite(self.branch_scale):
-            raise ValueError(f"GHN config: branch_scale is {self.branch_scale!r}; it must be finite.")
+            raise ValueError(f"GHN config: branch_scale is {short(self.branch_scale)}; it must be finite.")
 
     @property
     def max_channels(self) -> int:
