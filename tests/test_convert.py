@@ -191,9 +191,7 @@ def test_tensors_that_share_memory_are_refused(tmp_path: Path) -> None:
     """Otherwise a small file could describe any amount of output."""
     _, state = tiny(hid=32, hypernet="graphormer", layers=5)
     flat = torch.zeros(max(tensor.numel() for tensor in state.values()))
-    joblib.dump(
-        {name: flat[: tensor.numel()].view(tensor.shape) for name, tensor in state.items()}, tmp_path / "ghn.pt"
-    )
+    torch.save({name: flat[: tensor.numel()].view(tensor.shape) for name, tensor in state.items()}, tmp_path / "ghn.pt")
     with pytest.raises(CheckpointError, match="its tensors share memory"):
         convert_file(tmp_path / "ghn.pt", tmp_path / "out")
 

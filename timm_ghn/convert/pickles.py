@@ -167,7 +167,7 @@ def natural(value: Any) -> int:
 
 
 def of(kind: Any, value: Any) -> Any:
-    """The value, which must be of a kind: values can be nested so deeply that hashing, comparing or printing one kills."""
+    """The value, which must be of a kind: one nested deeply enough kills whoever hashes, compares or prints it."""
     if not isinstance(value, kind):
         raise TypeError
     return value
