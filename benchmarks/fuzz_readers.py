@@ -30,7 +30,8 @@ from attacks.samples import EDITS, attempt, damaged, samples
 
 MEMORY = 1 << 30
 SECONDS = 5.0
-CHUNK = 1000
+CHUNK = 10_000  # inputs per process
+OPCODES = b"(.0129BCIJKLMNQRSTUVXabcdeghijlopqrstu\x80\x81\x85\x86\x87\x88\x89\x8a\x8c\x8e\x93\x94\x95"
 
 
 def generated(corpus: dict[str, bytes], seed: int) -> tuple[str, bytes]:
@@ -53,9 +54,6 @@ def generated(corpus: dict[str, bytes], seed: int) -> tuple[str, bytes]:
         )
         edits.append((rng.choice(EDITS), where, what))
     return format, damaged(data, edits)
-
-
-OPCODES = b"(.0129BCIJKLMNQRSTUVXabcdeghijlopqrstu\x80\x81\x85\x86\x87\x88\x89\x8a\x8c\x8e\x93\x94\x95"
 
 
 def work(seeds: range, out: Path, results: multiprocessing.Queue[dict[str, dict[str, int]]]) -> None:
@@ -108,7 +106,7 @@ def main() -> None:
         process = context.Process(target=work, args=(seeds, args.output, results))
         process.start()
         try:
-            for format, counts in results.get(timeout=CHUNK * SECONDS / 5).items():
+            for format, counts in results.get(timeout=len(seeds) * SECONDS / 10 + 60).items():
                 totals[format].update(counts)
             process.join()
         except Exception:
