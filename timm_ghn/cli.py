@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status. What a user did wrong is told in one sentence, without a traceback."""
     parser = argparse.ArgumentParser(prog="timm-ghn", description="Predicted weights for timm models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for add in (_add_list, _add_create, _add_demo, _add_train):
+    for add in (_add_list, _add_create, _add_demo, _add_train, _add_evaluate):
         add(commands)
     args = parser.parse_args(argv)
     try:
@@ -132,9 +132,15 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    from .training.command import add_arguments
+    from .training.command import add_train_arguments
 
-    add_arguments(commands.add_parser("train", help="train a GHN on images, over random architectures"))
+    add_train_arguments(commands.add_parser("train", help="train a GHN on images, over random architectures"))
+
+
+def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from .training.command import add_evaluate_arguments
+
+    add_evaluate_arguments(commands.add_parser("evaluate", help="accuracy of predicted weights over architectures"))
 
 
 if __name__ == "__main__":
