@@ -325,7 +325,7 @@ def test_a_pickle_is_never_opened(tmp_path: Path, suffix: str) -> None:
     file = tmp_path / f"ghn{suffix}"
     file.write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "owned").encode() + b"'\ntR.")
     for source in (file, tmp_path):
-        with pytest.raises(CheckpointError, match=rf"pickle.*`timm-ghn convert .*ghn\{suffix} DIRECTORY`"):
+        with pytest.raises(CheckpointError, match=rf"pickle.*`timm-ghn convert .*ghn\{suffix} -o DIRECTORY`"):
             load_ghn(source)
     assert not (tmp_path / "owned").exists()
 
@@ -417,7 +417,7 @@ def test_a_tampered_cache_is_refused_until_deleted(
         ({"sha256": "0" * 64}, "sha256 .* instead of 0000"),
         ({"size": 1}, r"\d+ bytes instead of 1"),
         ({"revision": None}, "no checkpoint in this version"),
-        ({"format": "joblib"}, "published as joblib.*timm-ghn convert"),
+        ({"format": "joblib"}, "Cannot convert .*neither torch's format nor joblib's"),
         ({"config": {"num_classes": 10, "hid": 64}}, "disagree about max_shape, hid"),
     ],
 )

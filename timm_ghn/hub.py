@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
@@ -30,6 +31,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 
+from .convert import convert_file
 from .errors import CheckpointError
 from .hypernet import GHN, GHNConfig
 
@@ -49,10 +51,11 @@ class HubConfig:
     Attributes:
         repo_id: Repository on the Hub.
         filename: The checkpoint's name in it.
-        revision: Commit that holds the file; null while the repository is not published.
+        revision: Commit that holds the file; null while the repository is not published. A null in these three means,
+            for a ``joblib`` file, that what its first download had is recorded and holds from then on.
         sha256: Hash of the file; null while the checkpoint does not exist.
         size: Its size in bytes; null while the checkpoint does not exist.
-        format: ``safetensors``, the one that is loaded, or ``joblib``, which has to be converted first.
+        format: ``safetensors``, the one that is loaded, or ``joblib``, which is converted at its first use.
         config: The GHN's config.
         trained_on: The data set and the architectures.
         license: SPDX identifier.
@@ -84,8 +87,8 @@ class _Checkpoint:
 # All of these are guarded by _lock.
 _lock = threading.Lock()
 _registered: dict[str, str] = {}
-_loading: dict[tuple[str, str], threading.Lock] = {}
-_loaded: dict[tuple[str, str], tuple[Any, GHN]] = {}
+_loading: dict[tuple[str, str, torch.dtype], threading.Lock] = {}
+_loaded: dict[tuple[str, str, torch.dtype], tuple[Any, GHN]] = {}
 # Called with a tag before it is registered; raising refuses it. The timm plugin lists its names here.
 on_register: list[Callable[[str], None]] = []
 
@@ -121,31 +124,42 @@ def register(tag: str, source: str | os.PathLike[str]) -> None:
         _registered[tag] = source
 
 
-def load_ghn(source: str | os.PathLike[str] = "ghn2", device: str | torch.device | None = None) -> GHN:
+def load_ghn(
+    source: str | os.PathLike[str] = "ghn2",
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> GHN:
     """Loads a GHN, verified, in eval mode.
 
-    The module is shared: a second call with the same source and device returns the same object, unless the file has
-    changed or the tag means another one since. Copy it (`copy.deepcopy`) before you train it.
+    The module is shared: a second call with the same arguments returns the same object, unless the file has changed or
+    the tag means another one since. Copy it (`copy.deepcopy`) before you train it. In single precision on the CPU, its
+    weights are the file itself, mapped into memory.
 
     Args:
         source: A tag of `list_ghns`, a directory with ``model.safetensors`` and ``config.json``, a ``.safetensors``
             file, or ``hf-hub:org/repo@revision``.
         device: Where its parameters go; the CPU if None.
+        dtype: Their precision. A GHN-3 also works in half precision, with half the memory: what it predicts is then
+            off by 0.1 % of its norm (``float16``) or 0.8 % (``bfloat16``).
 
     Raises:
+        ValueError: If the GHN does not work in this precision.
         CheckpointError: If it cannot be found or downloaded, is not the file that was published, disagrees with its
             config, or holds values that are not finite.
     """
     device = torch.device(device or "cpu")
     source = resolve(os.fspath(source))
-    key = (source, str(device))
+    key = (source, str(device), dtype)
     with _lock:
         loading = _loading.setdefault(key, threading.Lock())
     # One lock for each key: whoever asks for another GHN does not wait for this one's download.
     with loading:
         stamp, fetch = _locate(source)
         if key not in _loaded or _loaded[key][0] != stamp:
-            ghn = _load(fetch()).to(device)
+            ghn = _load(fetch())
+            if dtype != torch.float32 and ghn.config.hypernet == "gatedgnn":
+                raise ValueError(f"dtype is {dtype}, but a GatedGNN computes in torch.float32: {source} has one.")
+            ghn = ghn.to(device, dtype)
             logger.info("loaded %s on %s", source, device)
             with _lock:
                 _loaded[key] = stamp, ghn
@@ -209,16 +223,13 @@ def _locate(source: str) -> tuple[Any, Callable[[], _Checkpoint]]:
 
 def _published(tag: str, pin: HubConfig) -> _Checkpoint:
     """The checkpoint of a shipped tag: the embedded copy if there is one, the Hub's otherwise."""
-    if pin.format != "safetensors":
-        raise CheckpointError(
-            f"The GHN {tag!r} is published as {pin.format}, which is never opened here: convert it with "
-            f"`timm-ghn convert {tag} DIRECTORY` and load the directory."
-        )
     embedded = _PACKAGE / "weights" / f"{tag}.safetensors"
     configs = {f"hub_configs/{tag}.json": pin.config}
     if embedded.is_file():
         _verify(embedded, pin.sha256, pin.size, "reinstall timm-ghn")
         return _Checkpoint(embedded, configs)
+    if pin.format == "joblib":
+        return _Checkpoint(_converted(tag, pin), configs)
     if pin.revision is None or pin.sha256 is None:
         raise CheckpointError(
             f"The GHN {tag!r} has no checkpoint in this version: train one with `timm-ghn train` and add it with "
@@ -229,15 +240,53 @@ def _published(tag: str, pin: HubConfig) -> _Checkpoint:
     return _Checkpoint(file, configs)
 
 
+def _converted(tag: str, pin: HubConfig) -> Path:
+    """The safetensors file that a published pickle was converted to, beside the Hub's cache.
+
+    What the pin leaves open is trusted the first time and recorded; from then on the record is what was published.
+    """
+    folder = Path(huggingface_hub.constants.HF_HUB_CACHE).with_name("timm-ghn") / tag
+    weights, record_file = folder / WEIGHTS_NAME, folder / "source.json"
+    record: Mapping[str, Any] = next(iter(_read_json(record_file).values())) if record_file.is_file() else {}
+    known = {name: getattr(pin, name) or record.get(name) for name in ("revision", "sha256", "size")}
+    changed = [name for name, value in known.items() if record and record.get(name) != value]
+    if changed:
+        raise CheckpointError(
+            f"The GHN {tag!r} was converted from a file with another {changed[0]} than this version pins: delete "
+            f"{folder} to convert the one that is pinned."
+        )
+    if record and weights.is_file():
+        _verify(weights, record.get("converted_sha256"), None, f"delete {folder} and it will be made again")
+        return weights
+    file = _download(pin.repo_id, pin.filename, known["revision"])
+    _verify_announced(file)
+    sha256 = _sha256(file)
+    if known["sha256"]:
+        remedy = "delete it and it will be downloaded again" if pin.sha256 else f"delete {folder} if you trust it"
+        _verify(file, known["sha256"], known["size"], remedy)
+    else:
+        logger.warning("%s is trusted because it is the first of its name: sha256 %s", file, sha256)
+    convert_file(file, folder)
+    record = {
+        "repo_id": pin.repo_id,
+        "filename": pin.filename,
+        "revision": known["revision"] or file.parent.name,  # the cache names the folder of a snapshot by its commit
+        "sha256": sha256,
+        "size": file.stat().st_size,
+        "converted_sha256": _sha256(weights),
+    }
+    unfinished = record_file.with_suffix(f".{os.getpid()}")
+    unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    os.replace(unfinished, record_file)
+    return weights
+
+
 def _from_hub(source: str) -> _Checkpoint:
     repo_id, revision = _split_hub_source(source)
     config = _download(repo_id, CONFIG_NAME, revision)
     # A branch can move between two downloads; the folder of the first names the commit, which cannot.
     file = _download(repo_id, WEIGHTS_NAME, config.parent.name)
-    # The Hub names a large file in its cache by the sha256 it announced before the download.
-    announced = Path(os.readlink(file)).name if file.is_symlink() else ""
-    if re.fullmatch(r"[0-9a-f]{64}", announced):
-        _verify(file, announced, None, "delete it and it will be downloaded again")
+    _verify_announced(file)
     return _Checkpoint(file, _read_json(config))
 
 
@@ -297,7 +346,7 @@ def _local_files(path: Path) -> tuple[Path, Path | None]:
 def _pickle_error(path: Path) -> CheckpointError:
     return CheckpointError(
         f"{path} is a pickle, which can run code and is never opened here: convert it with "
-        f"`timm-ghn convert {path} DIRECTORY` and load the directory."
+        f"`timm-ghn convert {path} -o DIRECTORY` and load the directory."
     )
 
 
@@ -314,14 +363,24 @@ def _verify(file: Path, sha256: str | None, size: int | None, remedy: str) -> No
     found = file.stat().st_size
     if size is not None and found != size:
         raise CheckpointError(f"{file} is not the published file: {found} bytes instead of {size}; {remedy}.")
-    digest = hashlib.sha256()
+    digest = _sha256(file)
+    if digest != sha256:
+        raise CheckpointError(f"{file} is not the published file: sha256 {digest} instead of {sha256}; {remedy}.")
+
+
+def _verify_announced(file: Path) -> None:
+    """The Hub's cache names a large file by the sha256 that was announced before the download."""
+    announced = Path(os.readlink(file)).name if file.is_symlink() else ""
+    if re.fullmatch(r"[0-9a-f]{64}", announced):
+        _verify(file, announced, None, "delete it and it will be downloaded again")
+
+
+def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
+        digest = hashlib.sha256()
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
-    if digest.hexdigest() != sha256:
-        raise CheckpointError(
-            f"{file} is not the published file: sha256 {digest.hexdigest()} instead of {sha256}; {remedy}."
-        )
+    return digest.hexdigest()
 
 
 def _metadata(file: Path) -> dict[str, str]:
@@ -349,7 +408,7 @@ def _load(checkpoint: _Checkpoint) -> GHN:
             raise CheckpointError(f"{file} disagrees with its config: {problems[0]}{more}.")
         state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a dict
     for name, tensor in state.items():
-        if not tensor.isfinite().all():
+        if not torch.stack(tensor.aminmax()).isfinite().all():  # NaN spreads; no temporary of the tensor's size
             raise CheckpointError(f"{file} holds NaN or infinite values in {name}: this GHN cannot predict anything.")
     # On meta nothing is initialised only to be overwritten, and the caller's random state is left alone.
     with torch.device("meta"):
