@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 import torch
+from hub_server import HubServer
 from safetensors.torch import save_file
 
 from timm_ghn import hub
@@ -53,3 +55,16 @@ def tags() -> Iterator[None]:
     yield
     hub._registered.clear()
     hub._registered.update(before)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    """A Hub of our own and an empty cache, for the client in this process."""
+    constants = huggingface_hub.constants
+    hub._loaded.clear()
+    with HubServer() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        yield server

@@ -75,7 +75,7 @@ class HubServer:
         held = files[match[3]]
         sent = self.served.get(match[3], held)
         headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(held).hexdigest()}"'}
-        if match[3].endswith(".safetensors"):  # the Hub keeps large files apart, under their sha256
+        if match[3].endswith((".safetensors", ".pt")):  # the Hub keeps large files apart, under their sha256
             headers |= {"X-Linked-ETag": f'"{hashlib.sha256(held).hexdigest()}"', "X-Linked-Size": str(len(held))}
         self._send(handler, 200, headers, sent, with_body)
 

@@ -7,40 +7,30 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
 import pytest
 import torch
+from attacks.samples import joblib_bytes
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 
 from timm_ghn import hub
+from timm_ghn.assign import predict
 from timm_ghn.errors import CheckpointError
 from timm_ghn.hub import list_ghns, load_ghn, register
 from timm_ghn.hypernet import GHN, GHNConfig
 
 REPO = "someone/ghn"
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    """A Hub of our own and an empty cache, for the client in this process."""
-    constants = huggingface_hub.constants
-    hub._loaded.clear()
-    with HubServer() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        yield server
 
 
 @pytest.fixture
@@ -421,9 +411,7 @@ def test_a_tampered_cache_is_refused_until_deleted(
         ({"config": {"num_classes": 10, "hid": 64}}, "disagree about max_shape, hid"),
     ],
 )
-def test_a_wrong_pin_is_refused(
-    publish: Callable[..., hub.HubConfig], changes: dict[str, Any], message: str
-) -> None:
+def test_a_wrong_pin_is_refused(publish: Callable[..., hub.HubConfig], changes: dict[str, Any], message: str) -> None:
     publish(**changes)
     with pytest.raises(CheckpointError, match=message):
         load_ghn("published")
@@ -440,9 +428,7 @@ def test_a_wrong_pin_is_refused(
         ("hf-hub:someone/not-json", r"config.json is not JSON"),
     ],
 )
-def test_a_wrong_repository_is_refused(
-    server: HubServer, files: dict[str, bytes], source: str, message: str
-) -> None:
+def test_a_wrong_repository_is_refused(server: HubServer, files: dict[str, bytes], source: str, message: str) -> None:
     server.commit(REPO, files)
     server.commit("someone/pickled", {"config.json": files[hub.CONFIG_NAME], "pytorch_model.bin": b"\x80"})
     server.commit("someone/not-json", {**files, "config.json": b"nonsense"})
@@ -497,3 +483,113 @@ def test_two_processes_at_once_then_offline(server: HubServer, files: dict[str, 
 def test_a_loaded_ghn_can_be_copied(ghn_file: Path) -> None:
     ghn = load_ghn(ghn_file)
     assert copy.deepcopy(ghn).state_dict().keys() == ghn.state_dict().keys()
+
+
+# Published pickles
+
+
+@pytest.fixture
+def pickled(server: HubServer, ghn_file: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Publishes the GHN as joblib's pickle under the tag ``pickled``, whose pin knows neither commit nor hash."""
+
+    def pickled(data: bytes | None = None, **changes: Any) -> str:
+        data = data or joblib_bytes(load_file(ghn_file))
+        commit = server.commit(REPO, {"ghn.pt": data})
+        config = {**config_of(ghn_file), "heads": 8}
+        pin = hub.HubConfig(REPO, "ghn.pt", None, None, None, "joblib", config, "nothing", "MIT", "", {})
+        monkeypatch.setattr(hub, "hub_configs", lambda: {"pickled": dataclasses.replace(pin, **changes)})
+        hub._loaded.clear()
+        return commit
+
+    return pickled
+
+
+def converted() -> Path:
+    return Path(huggingface_hub.constants.HF_HUB_CACHE).with_name("timm-ghn") / "pickled"
+
+
+def test_a_published_pickle_is_converted_once(server: HubServer, pickled: Callable[..., str], ghn_file: Path) -> None:
+    commit = pickled()
+    assert_is(load_ghn("pickled"), ghn_file)
+    record = json.loads((converted() / "source.json").read_text())
+    assert record["revision"] == commit
+    assert record["sha256"] == hashlib.sha256(server.repos[REPO][commit]["ghn.pt"]).hexdigest()
+
+    requests = len(server.requests)
+    hub._loaded.clear()
+    assert_is(load_ghn("pickled"), ghn_file)
+    assert len(server.requests) == requests
+
+
+def test_a_published_pickle_stays_the_one_of_its_first_use(
+    server: HubServer, pickled: Callable[..., str], ghn_file: Path, save_ghn: Callable[..., Path], tmp_path: Path
+) -> None:
+    first = pickled()
+    load_ghn("pickled")
+    other = save_ghn(tmp_path / "other.safetensors", seed=1)
+    pickled(joblib_bytes(load_file(other)))  # the main branch moves on
+    (converted() / hub.WEIGHTS_NAME).unlink()
+    assert_is(load_ghn("pickled"), ghn_file)
+
+    shutil.rmtree(huggingface_hub.constants.HF_HUB_CACHE)
+    (converted() / hub.WEIGHTS_NAME).unlink()
+    server.repos[REPO][first] = server.repos[REPO]["main"]  # history is rewritten
+    hub._loaded.clear()
+    with pytest.raises(CheckpointError, match=rf"not the published file: .*; delete {converted()} if you trust it"):
+        load_ghn("pickled")
+    shutil.rmtree(converted())
+    assert_is(load_ghn("pickled"), other)
+
+
+def test_a_tampered_conversion_is_refused(pickled: Callable[..., str], ghn_file: Path) -> None:
+    pickled()
+    load_ghn("pickled")
+    weights = converted() / hub.WEIGHTS_NAME
+    data = flip_a_byte(weights.read_bytes())
+    weights.unlink()  # the loaded GHN has it in memory
+    weights.write_bytes(data)
+    hub._loaded.clear()
+    with pytest.raises(CheckpointError, match=rf"sha256 .*delete {converted()} and it will be made again"):
+        load_ghn("pickled")
+    shutil.rmtree(converted())
+    assert_is(load_ghn("pickled"), ghn_file)
+
+
+def test_a_published_pickle_that_is_not_the_pinned_one(pickled: Callable[..., str]) -> None:
+    pickled(sha256="0" * 64)
+    with pytest.raises(CheckpointError, match=r"sha256 .* instead of 0000"):
+        load_ghn("pickled")
+    assert not converted().exists()
+    pickled()
+    load_ghn("pickled")
+    pickled(sha256="0" * 64)
+    with pytest.raises(CheckpointError, match="converted from a file with another sha256 than this version pins"):
+        load_ghn("pickled")
+
+
+def test_a_published_pickle_that_runs_code(pickled: Callable[..., str], tmp_path: Path) -> None:
+    pickled(b"\x80\x02cposix\nsystem\nX\x05\x00\x00\x00false\x85R.")
+    with pytest.raises(CheckpointError, match=r"it names posix\.system"):
+        load_ghn("pickled")
+    assert not converted().exists()
+
+
+# Precision
+
+
+def test_half_precision_is_close(shared: Path) -> None:
+    file = shared / "golden" / "ghn3.safetensors"
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3), torch.nn.BatchNorm2d(64), torch.nn.Conv2d(64, 32, 3))
+    exact = predict(model, load_ghn(file), input_size=(3, 16, 16))
+    for dtype, error in ((torch.float16, 0.002), (torch.bfloat16, 0.02)):
+        half = load_ghn(file, dtype=dtype)
+        assert half is load_ghn(file, dtype=dtype) is not load_ghn(file)
+        assert {parameter.dtype for parameter in half.parameters()} == {dtype}
+        prediction = predict(model, half, input_size=(3, 16, 16))
+        for name, tensor in exact.items():
+            assert (prediction[name].float() - tensor).norm() < error * tensor.norm(), name
+
+
+def test_a_gated_gnn_stays_in_single_precision(ghn_file: Path) -> None:
+    with pytest.raises(ValueError, match=r"a GatedGNN computes in torch\.float32"):
+        load_ghn(ghn_file, dtype=torch.float16)
