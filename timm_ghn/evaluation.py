@@ -157,6 +157,7 @@ def measure(
     random: bool = False,
     sample: Callable[[], tuple[Tensor, Tensor]] | None = None,
     sgd_steps: int = 0,
+    input_size: tuple[int, ...] | None = None,
 ) -> Measured:
     """Accuracy of one architecture with predicted weights, and with others if asked for.
 
@@ -169,6 +170,7 @@ def measure(
         random: Measure the random weights too.
         sample: Makes a training batch for `sgd`.
         sgd_steps: Measure after so many steps of SGD from the random weights too.
+        input_size: For `initialize`.
 
     Returns:
         The accuracies, or, if the architecture cannot be built, traced or run on these images, the error.
@@ -177,10 +179,9 @@ def measure(
     try:
         model = build()
         result.parameters = sum(parameter.numel() for parameter in model.parameters())
-        size = tuple(next(iter(test))[0].shape[1:])
         if random:
             result.accuracy["random"] = accuracy(calibrate(model, calibration), test)
-        report = initialize(model, ghn, input_size=size)
+        report = initialize(model, ghn, input_size=input_size)
         result.predicted_fraction = report.predicted_fraction
         result.accuracy["predicted"] = accuracy(calibrate(model, calibration), test)
         if sgd_steps and sample is not None:

@@ -228,6 +228,7 @@ class DeepNet(nn.Module):
 
     def __init__(self, config: Config, num_classes: int, in_chans: int, image_size: int) -> None:
         super().__init__()
+        self.img_size = (image_size, image_size)  # where tracing finds the only size it takes
         norm, width = config["norm"], config["width"]
         convs, size = _stem(config, in_chans, image_size)
         self.stem = nn.Sequential(*(_Block(norm, conv, act=number > 0) for number, (conv, _) in enumerate(convs)))

@@ -13,6 +13,8 @@ from timm_ghn.assign import tile
 from timm_ghn.graph import ComputationGraph, trace
 from timm_ghn.training.architectures import Architecture
 
+_DECLARED_SIZE = 224
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -33,7 +35,10 @@ class Prepared:
 def prepare(architecture: Architecture, num_classes: int, image_size: int) -> Prepared:
     """Traces an architecture; a pure function of its arguments."""
     skeleton = architecture.skeleton(num_classes, image_size=image_size)
-    graph = trace(skeleton, (3, image_size, image_size))
+    # As a user's model of this kind will be: at the size that timm's models declare, unless it is fixed. On small images
+    # the last feature maps can be a single position, where an average over positions cannot be told from a reshape.
+    size = image_size if architecture.fixed_size else _DECLARED_SIZE
+    graph = trace(skeleton, (3, size, size))
     statistics = {id(buffer) for module in _batch_norms(skeleton) for buffer in module.buffers(recurse=False)}
     needed = {name for name, buffer in skeleton.named_buffers() if id(buffer) not in statistics} | graph.kept.keys()
     fixed = {}
@@ -55,7 +60,7 @@ class Task:
     Attributes:
         architecture: The network's description.
         graph: What the GHN reads.
-        shapes: Names and shapes of the parameters that the GHN predicts.
+        shapes: Names and shapes of the network's parameters.
     """
 
     def __init__(self, prepared: Prepared, num_classes: int, image_size: int, device: torch.device | str = "cpu"):
@@ -67,16 +72,11 @@ class Task:
         for module in _batch_norms(self.module):
             module.track_running_stats = False
             module.running_mean = module.running_var = module.num_batches_tracked = None
-        self.shapes = {name: p.shape for name, p in self.module.named_parameters() if name not in self.graph.kept}
+        self.shapes = {name: parameter.shape for name, parameter in self.module.named_parameters()}
 
     def parameters(self, tiles: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the GHN predicted, in the parameters' full shapes; differentiable."""
-        full = {}
-        for name, shape in self.shapes.items():
-            tensor = tiles[name]
-            ones = (1,) * (len(shape) - tensor.ndim)  # a classifier written as a 1x1 convolution
-            full[name] = tile(tensor.view(*tensor.shape, *ones), shape)
-        return full
+        return {name: tile(tiles[name], shape) for name, shape in self.shapes.items() if name in tiles}
 
     def logits(self, parameters: Mapping[str, Tensor], images: Tensor, bf16: bool = False) -> Tensor:
         """float32 [n, classes] of the network with these parameters, for float32 images [n, 3, size, size]."""

@@ -167,7 +167,7 @@ class Trainer:
         for lane, task, tiles in zip(self.lanes, tasks, self.ghn([task.graph for task in tasks]), strict=True):
             # Each network's backward pass ends at what was predicted for it, so that only one network's activations
             # are in memory at a time. One pass through the GHN then takes all of them further.
-            leaves = {name: tiles[name].detach().requires_grad_() for name in task.shapes}
+            leaves = {name: tile.detach().requires_grad_() for name, tile in tiles.items() if name in task.shapes}
             images, labels = self.train.sample(config.batch_size, self._generator(lane))
             parameters = task.parameters(leaves)
             logits = task.logits(parameters, images, config.bf16)
@@ -179,7 +179,7 @@ class Trainer:
             sums[0] += loss.detach()
             sums[1] += (logits.argmax(1) == labels).sum()
             for name, leaf in leaves.items():
-                if leaf.grad is not None:
+                if leaf.grad is not None and tiles[name].requires_grad:  # a scale of branches is a constant
                     predicted.append(tiles[name])
                     gradients.append(leaf.grad)
         torch.autograd.backward(predicted, gradients)
