@@ -53,8 +53,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=list(MODELS), help="timm models, as NAME or NAME:depth=BLOCKS")
     parser.add_argument("--batches", nargs="*", type=int, default=[8, 64], help="batches of so many training graphs")
-    parser.add_argument("--dim", type=int, default=32, help="width of the states (default: %(default)s)")
-    parser.add_argument("--heads", type=int, default=8, help="heads of GHN-3's attention (default: %(default)s)")
+    parser.add_argument("--dim", type=int, default=32, help="width of GHN-2's states (default: %(default)s)")
+    parser.add_argument(
+        "--attention-dim",
+        type=int,
+        default=64,
+        help="width of GHN-3's states, and the heads of its attention below: by "
+        "default those of the smallest released GHN-3 (%(default)s)",
+    )
+    parser.add_argument("--heads", type=int, default=8, help="(default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=10, help="runs to take the best of (default: %(default)s)")
     parser.add_argument(
         "--reference-edges",
@@ -80,14 +87,20 @@ def main() -> None:
         rows.append(measure_graph(name, batch, devices, rates, arguments))
 
     arguments.out.mkdir(parents=True, exist_ok=True)
-    report = {"machine": machine(), "dim": arguments.dim, "rates": rates, "rows": rows}
+    report = {
+        "machine": machine(),
+        "dim": arguments.dim,
+        "attention_dim": arguments.attention_dim,
+        "rates": rates,
+        "rows": rows,
+    }
     (arguments.out / "graph_layer.json").write_text(json.dumps(report, indent=1) + "\n")
     draw(rows, report["machine"], arguments.out / "graph_layer.png")
     console = Console(width=170)
-    console.print(f"{report['machine']}\nstates of width {arguments.dim}, float32, milliseconds")
+    console.print(f"{report['machine']}\nmilliseconds, float32, GHN-2's states of width {arguments.dim}")
     for title, key in (("forward", "forward"), ("forward and backward", "both")):
         console.print(layer_table(f"GHN-2's message passing, {title}", key, rows))
-    console.print(attention_table(arguments.heads, rows))
+    console.print(attention_table(arguments, rows))
 
 
 def model_graph(spec: str) -> tuple[Tensor, int]:
@@ -160,7 +173,7 @@ def measure_attention(
     generator: torch.Generator,
 ) -> None:
     """GHN-3's attention with its bias, through the table and through the N x N x 2d tensor."""
-    d, heads = arguments.dim, arguments.heads
+    d, heads = arguments.attention_dim, arguments.heads
     distance = torch.zeros(1, nodes, nodes, dtype=torch.int64)
     distance[0, edges[:, 0], edges[:, 1]] = edges[:, 2]
     shapes = ((257, d), (d, 2 * d), (d,), (heads, d), (heads,))
@@ -307,8 +320,9 @@ def layer_table(title: str, key: str, rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def attention_table(heads: int, rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=f"GHN-3's attention and bias, {heads} heads (forward / forward and backward)")
+def attention_table(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> Table:
+    sizes = f"width {arguments.attention_dim}, {arguments.heads} heads"
+    table = Table(title=f"GHN-3's attention and bias, {sizes} (forward / forward and backward)")
     table.add_column("graph")
     for column in ("nodes", "reference", "CPU", "speed-up", "largest tensor, MiB", "CUDA", "speed-up"):
         table.add_column(column, justify="right")

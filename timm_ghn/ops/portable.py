@@ -10,6 +10,7 @@ What it computes is written down in `reference.py`; here
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -107,27 +108,42 @@ class Slopes(NamedTuple):
         return cls(torch.empty_like(replay.gates), torch.empty_like(replay.hidden), torch.empty_like(sweep.sent))
 
 
-class _Lists(NamedTuple):
-    """For each level: the rows to add up, the factor of each, and where each sum starts."""
+_Split = tuple[Sequence[Tensor], list[int]]
+"""Tensors, and how many of their rows each level has."""
 
-    rows: tuple[Tensor, ...]
-    factor: tuple[Tensor, ...]
-    start: tuple[Tensor, ...]
+_LEVELS_AT_A_TIME = 32
 
-    @classmethod
-    def cut(cls, ptr: Tensor, index: Tensor, distance: Tensor, levels: list[int], split: bool, like: Tensor) -> _Lists:
-        """Cuts compressed lists into levels; `split`: a node's real and virtual edges add up to separate rows."""
-        bounds = ptr[[2 * position for position in levels]].tolist()
-        starts = ptr[:-1] if split else ptr[:-1:2]
-        sizes = [(b - a) * (1 + split) for a, b in pairwise(levels)]
-        first = torch.repeat_interleave(ptr.new_tensor(bounds[:-1]), ptr.new_tensor(sizes))
-        entries = [b - a for a, b in pairwise(bounds)]
-        factor = distance.to(like.dtype).reciprocal()
-        return cls(index.split(entries), factor.split(entries), (starts - first).split(sizes))
 
-    def add_up(self, table: Tensor, level: int) -> Tensor:
-        """The level's weighted sums of rows: gather, product and segment sum in one op."""
-        return torch.embedding_bag(table, self.rows[level], self.start[level], per_sample_weights=self.factor[level])[0]
+def _walk(descending: bool, *splits: _Split) -> Iterator[tuple[Tensor, ...]]:
+    """Each level's share of the tensors, in the order of a sweep.
+
+    Views are made for some levels at a time: thousands of them alive at once set off Python's garbage collector, which
+    then visits everything that the process holds.
+    """
+    direction = slice(None, None, -1 if descending else 1)
+    parts = []
+    for tensors, sizes in splits:
+        chunks = [sizes[i : i + _LEVELS_AT_A_TIME] for i in range(0, len(sizes), _LEVELS_AT_A_TIME)]
+        parts += [zip(x.split([sum(chunk) for chunk in chunks]), chunks, strict=True) for x in tensors]
+    for chunk in list(zip(*parts, strict=True))[direction]:
+        yield from list(zip(*(x.split(sizes) for x, sizes in chunk), strict=True))[direction]
+
+
+def _lists(
+    ptr: Tensor, index: Tensor, distance: Tensor, levels: list[int], split: bool, like: Tensor
+) -> tuple[_Split, _Split]:
+    """Compressed lists as `_add_up` takes them; `split`: a node's real and virtual edges add up to separate rows."""
+    bounds = ptr[[2 * position for position in levels]].tolist()
+    starts = ptr[:-1] if split else ptr[:-1:2]
+    sums = [(b - a) * (1 + split) for a, b in pairwise(levels)]
+    first = torch.repeat_interleave(ptr.new_tensor(bounds[:-1]), ptr.new_tensor(sums))
+    factor = distance.to(like.dtype).reciprocal()
+    return ((index, factor), [b - a for a, b in pairwise(bounds)]), ((starts - first,), sums)
+
+
+def _add_up(table: Tensor, rows: Tensor, factors: Tensor, starts: Tensor) -> Tensor:
+    """Weighted sums of rows of a table, one sum from each start to the next: gather, product and sum in one op."""
+    return torch.embedding_bag(table, rows, starts, per_sample_weights=factors)[0]
 
 
 def forward(h: Tensor, topology: Topology, weights: Weights) -> tuple[Tensor, Tensor]:
@@ -142,13 +158,9 @@ def forward(h: Tensor, topology: Topology, weights: Weights) -> tuple[Tensor, Te
 
     mlps = Mlps.of(weights)
     w0, w2, w_ih = mlps.w0.t(), mlps.w2.t(), weights.gru_w_ih.t()
-    incoming = _Lists.cut(topology.in_ptr, topology.in_index, topology.in_distance, levels, False, h)
-    outgoing = _Lists.cut(topology.out_ptr, topology.out_index, topology.out_distance, levels, False, h)
-    ascending = range(len(sizes))
-    for sweep, states, schedule, lists in (
-        (up, down.before, ascending, incoming),
-        (down, after, ascending[::-1], outgoing),
-    ):
+    incoming = _lists(topology.in_ptr, topology.in_index, topology.in_distance, levels, False, h)
+    outgoing = _lists(topology.out_ptr, topology.out_index, topology.out_distance, levels, False, h)
+    for sweep, states, lists in ((up, down.before, incoming), (down, after, outgoing)):
         gates = torch.addmm(weights.gru_b_hh, sweep.before, weights.gru_w_hh.t())
         recurrent = gates[:, 2 * d :].clone()
         gates[:, 2 * d :] = 0
@@ -157,10 +169,9 @@ def forward(h: Tensor, topology: Topology, weights: Weights) -> tuple[Tensor, Te
         sweep.sent.copy_(mlps.b2)
         table = sweep.sent.view(-1, d)
         parts = (*sweep, states, hidden, gates, gates[:, : 2 * d], *gates.split(d, 1), recurrent)
-        views = list(zip(*(part.split(sizes) for part in parts), strict=True))
-        for level in schedule:
-            before, message, sent, state, inner, pre, reset_update, r, z, n, hn = views[level]
-            message.copy_(lists.add_up(table, level))
+        for views in _walk(sweep is down, *lists, (parts, sizes)):
+            rows, factors, starts, before, message, sent, state, inner, pre, reset_update, r, z, n, hn = views
+            message.copy_(_add_up(table, rows, factors, starts))
             pre.addmm_(message, w_ih)
             reset_update.sigmoid_()
             n.addcmul_(r, hn).tanh_()
@@ -176,15 +187,11 @@ def backward(grad: Tensor, out: Tensor, saved: Tensor, topology: Topology, weigh
     sizes = [b - a for a, b in pairwise(levels)]
     mlps = Mlps.of(weights)
     up, down = sweeps(saved)
-    incoming = _Lists.cut(topology.in_ptr, topology.in_index // 2, topology.in_distance, levels, True, out)
-    outgoing = _Lists.cut(topology.out_ptr, topology.out_index // 2, topology.out_distance, levels, True, out)
-    ascending = range(len(sizes))
+    incoming = _lists(topology.in_ptr, topology.in_index // 2, topology.in_distance, levels, True, out)
+    outgoing = _lists(topology.out_ptr, topology.out_index // 2, topology.out_distance, levels, True, out)
     grad = grad[topology.order]
     by_weights = []
-    for sweep, after, schedule, lists in (
-        (down, out[topology.order], ascending, incoming),
-        (up, down.before, ascending[::-1], outgoing),
-    ):
+    for sweep, after, lists in ((down, out[topology.order], incoming), (up, down.before, outgoing)):
         replay = Replay.of(sweep, after, mlps, weights)
         slopes = Slopes.empty(sweep, replay)
         by_message = torch.empty_like(grad)
@@ -192,10 +199,11 @@ def backward(grad: Tensor, out: Tensor, saved: Tensor, topology: Topology, weigh
         three = (len(grad), 3, grad.shape[1])
         known = (grad, grad[:, None], replay.gates.view(three), hidden_on, sent_on)
         found = (by_message, slopes.gates.view(three), *slopes)
-        views = list(zip(*(part.split(sizes) for part in (*known, *found)), strict=True))
-        for level in schedule:
-            g, g_wide, gates, h_on, s_on, g_message, g_gates_wide, g_gates, g_hidden, g_sent = views[level]
-            torch.mul(lists.add_up(by_message, level).view_as(s_on), s_on, out=g_sent)
+        for views in _walk(sweep is up, *lists, ((*known, *found), sizes)):
+            rows, factors, starts, g, g_wide, gates, h_on, s_on, g_message, g_gates_wide, g_gates, g_hidden, g_sent = (
+                views
+            )
+            torch.mul(_add_up(by_message, rows, factors, starts).view_as(s_on), s_on, out=g_sent)
             torch.mm(g_sent, mlps.w2, out=g_hidden).mul_(h_on)
             g.addmm_(g_hidden, mlps.w0)
             torch.mul(g_wide, gates, out=g_gates_wide)
