@@ -17,6 +17,7 @@ from safetensors.torch import save_model
 from torch import nn
 
 from .assign import initialize
+from .convert import convert_file
 from .errors import GHNError
 from .hub import hub_configs, list_ghns, load_ghn, resolve
 
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status. What a user did wrong is told in one sentence, without a traceback."""
     parser = argparse.ArgumentParser(prog="timm-ghn", description="Predicted weights for timm models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for add in (_add_list, _add_create, _add_demo, _add_train, _add_evaluate):
+    for add in (_add_list, _add_create, _add_demo, _add_train, _add_evaluate, _add_convert, _add_verify):
         add(commands)
     args = parser.parse_args(argv)
     try:
@@ -141,6 +142,40 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     from .training.command import add_evaluate_arguments
 
     add_evaluate_arguments(commands.add_parser("evaluate", help="accuracy of predicted weights over architectures"))
+
+
+def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("convert", help="make safetensors of an official GHN checkpoint, executing nothing")
+    parser.add_argument("file", type=Path, help="a ghn*.pt of ppuda (GHN-1, GHN-2) or of ghn3")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="where the result goes")
+    parser.set_defaults(run=_convert)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    directory = convert_file(args.file, args.output)
+    console.print(f"converted to {directory}: load it by this path", highlight=False, markup=False)
+
+
+def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("verify", help="compare what an official GHN predicts with what its authors published")
+    parser.add_argument("ghn", help="tag, directory, .safetensors file or hf-hub:org/repo@revision")
+    parser.add_argument("architectures", nargs="*", help="names in torchvision.models; five of them if none is given")
+    parser.set_defaults(run=_verify)
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from .verify import ARCHITECTURES, verify  # needs torchvision
+
+    checks = []
+    table = Table("architecture", "norm", "published", "", title=f"L2 norm over all parameters, by {args.ghn}")
+    for check in verify(args.ghn, args.architectures or ARCHITECTURES):
+        checks.append(check)
+        sign = "[green]the same" if check.agrees else "[red]different"
+        table.add_row(check.architecture, f"{check.predicted:.4f}", f"{check.published:.4f}", sign)
+    console.print(table)
+    different = [check.architecture for check in checks if not check.agrees]
+    if different:
+        raise GHNError(f"{args.ghn} does not predict what its authors published for {', '.join(different)}.")
 
 
 if __name__ == "__main__":
