@@ -1,8 +1,10 @@
-"""A Hugging Face Hub for tests: as much of its HTTP interface as downloading a file takes, on this machine only."""
+"""A Hugging Face Hub for tests: as much of its HTTP interface as down- and uploading takes, on this machine only."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 import re
 import threading
 from collections.abc import Mapping
@@ -18,6 +20,7 @@ class HubServer:
         served: What is really sent for a file name, where that is not what the repository holds; its announced size
             and hash stay those of the repository's file.
         token: If set, a request without it is answered as if the repository did not exist.
+        messages: Of the commits that were uploaded.
     """
 
     def __init__(self) -> None:
@@ -25,6 +28,8 @@ class HubServer:
         self.requests: list[str] = []
         self.served: dict[str, bytes] = {}
         self.token: str | None = None
+        self.messages: list[str] = []
+        self._large: dict[str, bytes] = {}
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -35,6 +40,12 @@ class HubServer:
 
             def do_GET(self) -> None:
                 hub._answer(self, with_body=True)
+
+            def do_POST(self) -> None:
+                hub._take(self)
+
+            def do_PUT(self) -> None:
+                hub._take(self)
 
             def log_message(self, format: str, *args: Any) -> None:
                 pass
@@ -78,6 +89,57 @@ class HubServer:
         if match[3].endswith((".safetensors", ".pt")):  # the Hub keeps large files apart, under their sha256
             headers |= {"X-Linked-ETag": f'"{hashlib.sha256(held).hexdigest()}"', "X-Linked-Size": str(len(held))}
         self._send(handler, 200, headers, sent, with_body)
+
+    def _take(self, handler: BaseHTTPRequestHandler) -> None:
+        """What an upload consists of: make the repository, ask how to send each file, send the large ones, commit."""
+        body = handler.rfile.read(int(handler.headers.get("Content-Length", 0)))
+        if handler.path == "/api/validate-yaml":
+            return self._reply(handler, {"errors": [], "warnings": []})
+        self.requests.append(f"{handler.command} {handler.path}")
+        if handler.path.startswith("/large/"):
+            self._large[handler.path.removeprefix("/large/")] = body
+            return self._reply(handler, {})
+        if self.token is not None and handler.headers.get("Authorization") != f"Bearer {self.token}":
+            return self._reply(handler, {"error": "Invalid username or password."}, 401)
+        if handler.path == "/api/repos/create":
+            asked = json.loads(body)
+            repo_id = "/".join(filter(None, (asked.get("organization"), asked["name"])))
+            if repo_id in self.repos:
+                return self._reply(handler, {"error": "exists", "url": f"{self.endpoint}/{repo_id}"}, 409)
+            self.repos[repo_id] = {"main": {}}
+            return self._reply(handler, {"url": f"{self.endpoint}/{repo_id}"})
+        if match := re.fullmatch(r"/(.+)\.git/info/lfs/objects/batch", handler.path):
+            objects = [
+                {**asked, "actions": {"upload": {"href": f"{self.endpoint}/large/{asked['oid']}"}}}
+                for asked in json.loads(body)["objects"]
+            ]
+            return self._reply(handler, {"transfer": "basic", "objects": objects})
+        match = re.fullmatch(r"/api/models/(.+)/(preupload|commit)/main(\?.*)?", handler.path)
+        if match is None or match[1] not in self.repos:
+            return self._refuse(handler, "RepoNotFound")
+        if match[2] == "preupload":
+            files = [
+                {"path": file["path"], "uploadMode": mode, "shouldIgnore": False}
+                for file in json.loads(body)["files"]
+                for mode in ("lfs" if file["path"].endswith((".safetensors", ".png")) else "regular",)
+            ]
+            return self._reply(handler, {"files": files})
+        held = dict(self.repos[match[1]]["main"])
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "header":
+                self.messages.append(value["summary"])
+            elif line["key"] == "file":
+                held[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                held[value["path"]] = self._large[value["oid"]]
+        commit = self.commit(match[1], held)
+        url = f"{self.endpoint}/{match[1]}/commit/{commit}"
+        self._reply(handler, {"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
+
+    def _reply(self, handler: BaseHTTPRequestHandler, content: Any, status: int = 200) -> None:
+        body = json.dumps(content).encode()
+        self._send(handler, status, {"Content-Type": "application/json"}, body, True)
 
     def _refuse(self, handler: BaseHTTPRequestHandler, code: str, headers: Mapping[str, str] | None = None) -> None:
         self._send(handler, 404, {**(headers or {}), "X-Error-Code": code, "X-Error-Message": code}, b"", False)

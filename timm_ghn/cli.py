@@ -20,6 +20,8 @@ from .assign import initialize
 from .convert import convert_file
 from .errors import GHNError
 from .hub import hub_configs, list_ghns, load_ghn, resolve
+from .publish import publish
+from .verify import ARCHITECTURES, verify
 
 _DEMO_ARCHITECTURES = (
     "resnet50",
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status. What a user did wrong is told in one sentence, without a traceback."""
     parser = argparse.ArgumentParser(prog="timm-ghn", description="Predicted weights for timm models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for add in (_add_list, _add_create, _add_demo, _add_train, _add_evaluate, _add_convert, _add_verify):
+    for add in (_add_list, _add_create, _add_demo, _add_train, _add_evaluate, _add_convert, _add_verify, _add_publish):
         add(commands)
     args = parser.parse_args(argv)
     try:
@@ -164,8 +166,6 @@ def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def _verify(args: argparse.Namespace) -> None:
-    from .verify import ARCHITECTURES, verify  # needs torchvision
-
     checks = []
     table = Table("architecture", "norm", "published", "", title=f"L2 norm over all parameters, by {args.ghn}")
     for check in verify(args.ghn, args.architectures or ARCHITECTURES):
@@ -176,6 +176,27 @@ def _verify(args: argparse.Namespace) -> None:
     different = [check.architecture for check in checks if not check.agrees]
     if different:
         raise GHNError(f"{args.ghn} does not predict what its authors published for {', '.join(different)}.")
+
+
+def _add_publish(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("publish", help="put a GHN and its model card on the Hub")
+    parser.add_argument("directory", type=Path, help="directory with model.safetensors and config.json")
+    parser.add_argument("repository", help="organisation/name")
+    parser.add_argument("--upload", action="store_true", help="really do it; without this, it is only shown")
+    parser.set_defaults(run=_publish)
+
+
+def _publish(args: argparse.Namespace) -> None:
+    publication = publish(args.directory, args.repository, args.upload)
+    for name, file in publication.files.items():
+        size = file.stat().st_size if isinstance(file, Path) else len(file)
+        console.print(f"{size:>13,} bytes  {name}", highlight=False, markup=False)
+    console.print_json(data=publication.pin)
+    if not args.upload:
+        card = publication.files["README.md"]
+        assert isinstance(card, bytes)
+        console.print(card.decode(), highlight=False, markup=False)
+        console.print("Nothing was sent; --upload sends it.")
 
 
 if __name__ == "__main__":

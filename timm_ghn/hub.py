@@ -260,7 +260,7 @@ def _converted(tag: str, pin: HubConfig) -> Path:
         return weights
     file = _download(pin.repo_id, pin.filename, known["revision"])
     _verify_announced(file)
-    sha256 = _sha256(file)
+    sha256 = sha256_of(file)
     if known["sha256"]:
         remedy = "delete it and it will be downloaded again" if pin.sha256 else f"delete {folder} if you trust it"
         _verify(file, known["sha256"], known["size"], remedy)
@@ -273,7 +273,7 @@ def _converted(tag: str, pin: HubConfig) -> Path:
         "revision": known["revision"] or file.parent.name,  # the cache names the folder of a snapshot by its commit
         "sha256": sha256,
         "size": file.stat().st_size,
-        "converted_sha256": _sha256(weights),
+        "converted_sha256": sha256_of(weights),
     }
     unfinished = record_file.with_suffix(f".{os.getpid()}")
     unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -363,7 +363,7 @@ def _verify(file: Path, sha256: str | None, size: int | None, remedy: str) -> No
     found = file.stat().st_size
     if size is not None and found != size:
         raise CheckpointError(f"{file} is not the published file: {found} bytes instead of {size}; {remedy}.")
-    digest = _sha256(file)
+    digest = sha256_of(file)
     if digest != sha256:
         raise CheckpointError(f"{file} is not the published file: sha256 {digest} instead of {sha256}; {remedy}.")
 
@@ -375,7 +375,7 @@ def _verify_announced(file: Path) -> None:
         _verify(file, announced, None, "delete it and it will be downloaded again")
 
 
-def _sha256(file: Path) -> str:
+def sha256_of(file: Path) -> str:
     with file.open("rb") as stream:
         digest = hashlib.sha256()
         while chunk := stream.read(1 << 20):
