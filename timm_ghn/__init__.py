@@ -1,12 +1,14 @@
 """Predicted weights for every architecture in timm.
 
-Importing this package makes graph hypernetworks known to timm: ``timm.create_model("resnet50", pretrained_cfg="ghn2")``.
+Importing this package makes graph hypernetworks known to timm:
+``timm.create_model("resnet50", pretrained_cfg="ghn2")``.
 """
 
 from __future__ import annotations
 
 from .assign import Prediction, Report, initialize, predict
 from .errors import CheckpointError, GHNError, PredictionError, TraceError
+from .evaluation import calibrate, rank
 from .graph import ComputationGraph, trace
 from .hub import list_ghns, load_ghn, register
 from .hypernet import GHN, GHNConfig
@@ -22,11 +24,13 @@ __all__ = [
     "PredictionError",
     "Report",
     "TraceError",
+    "calibrate",
     "initialize",
     "install",
     "list_ghns",
     "load_ghn",
     "predict",
+    "rank",
     "register",
     "trace",
     "uninstall",
