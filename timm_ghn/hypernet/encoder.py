@@ -40,7 +40,7 @@ def shape_to_4d(shape: Sequence[int]) -> Shape4d:
         return 1, sizes[2], side, side
     if len(sizes) > 4:
         sizes = (*sizes[:2], *sizes[-2:])
-    out, into, height, width = (*sizes, 1, 1, 1)[:4]
+    out, into, height, width = (*sizes, 1, 1, 1, 1)[:4]
     return out, into, height, width
 
 
