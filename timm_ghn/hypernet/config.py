@@ -32,7 +32,7 @@ class GHNConfig:
         hid: Width d of a node's state.
         hypernet: Message passing: ``gatedgnn`` (GHN-1, GHN-2), ``graphormer`` (GHN-3) or ``mlp`` (no messages).
         decoder: ``conv`` (GHN-1 to GHN-3), ``mlp`` (the MLP baseline of arXiv 2110.13100) or ``lowrank`` (LoGAH, arXiv
-            2405.16287), for which `max_shape` starts with the widest layer's channels, those of its classes included.
+            2405.16287), whose `max_shape` starts with the largest channels times kernel size, or classes, of any layer.
         weight_norm: Fan-in normalisation of predicted parameters (arXiv 2110.13100, §3.2.3).
         ve: Virtual edges (ibid., eq. 4).
         layernorm: A layer norm before the decoders.

@@ -29,6 +29,10 @@ class Decoder(nn.Module):
         out, into, height, width = (min(size, limit) for size, limit in zip(shape, self.max_shape, strict=True))
         return out, into, height, width
 
+    def output_layers(self) -> list[nn.Module]:
+        """Its last layers, which GHN-3's program makes small before it trains."""
+        return []
+
     def class_weight(self, x: torch.Tensor, in_features: int) -> torch.Tensor:
         """States [n, d] to class weights [n, num_classes, in]."""
         raise NotImplementedError
@@ -47,6 +51,9 @@ class ConvDecoder(Decoder):
             _pointwise(4 * hid, 8 * hid, self.centred), nn.ReLU(), _pointwise(8 * hid, out * into, self.centred)
         )
         self.class_layer_predictor = nn.Sequential(nn.ReLU(), _pointwise(out, config.num_classes, self.centred))
+
+    def output_layers(self) -> list[nn.Module]:
+        return [self.conv[-1], self.class_layer_predictor[-1]]
 
     def _window(self, size: int, limit: int) -> slice:
         start = max(0, limit // 2 - size // 2) if self.centred else 0
@@ -85,6 +92,9 @@ class MLPDecoder(Decoder):
         out, into, height, width = config.max_shape
         self.mlp = MLP(config.hid, 2 * config.hid, out * into * height * width)
         self.class_layer_predictor = nn.Sequential(nn.ReLU(), nn.Linear(2 * config.hid, config.num_classes * out))
+
+    def output_layers(self) -> list[nn.Module]:
+        return [self.mlp.fc[-1], self.class_layer_predictor[-1]]
 
     def forward(self, x: torch.Tensor, shape: Shape4d) -> torch.Tensor:
         """States [n, d] to kernels [n, out, in, h, w] of `decoded_shape`."""

@@ -50,13 +50,11 @@ def new_ghn(config: GHNConfig, seed: int) -> GHN:
             for module in ghn.modules():
                 if isinstance(module, nn.Embedding):
                     nn.init.trunc_normal_(module.weight, std=config.hid**-0.5)
-            decoder: Any = ghn.decoder
-            kernels = decoder.conv if config.decoder == "conv" else decoder.mlp.fc
-            outputs: Any = (kernels, decoder.class_layer_predictor, ghn.decoder_1d.fc)
+            outputs: list[Any] = [*ghn.decoder.output_layers(), ghn.decoder_1d.fc[-1]]
             with torch.no_grad():
-                for layers in outputs:
-                    layers[-1].weight /= 5
-                    layers[-1].bias.zero_()
+                for layer in outputs:
+                    layer.weight /= 5
+                    layer.bias.zero_()
     return ghn
 
 

@@ -1,0 +1,83 @@
+"""LoGAH's low-rank decoder against its definition, on wide networks, and in training."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import timm
+import torch
+from torch.nn import functional as F
+
+from timm_ghn import GHN, GHNConfig, predict, trace
+from timm_ghn.hypernet.decoder import LowRankDecoder
+from timm_ghn.training.trainer import new_ghn
+
+CONFIG = GHNConfig(
+    10, max_shape=(512, 512, 7, 7), hid=16, hypernet="graphormer", decoder="lowrank", heads=4, layers=2, rank=8
+)
+
+
+@pytest.mark.parametrize(
+    ("shape", "decoded"),
+    [
+        ((96, 32, 3, 3), (96, 32, 3, 3)),
+        ((512, 512, 1, 1), (512, 512, 1, 1)),
+        ((5, 1, 7, 7), (5, 1, 7, 7)),
+        ((40, 30, 1, 7), (40, 30, 1, 7)),
+        ((600, 700, 1, 1), (512, 512, 1, 1)),  # wider than the widest
+        ((256, 64, 3, 1), (170, 64, 3, 1)),
+        ((1, 64, 14, 14), (1, 64, 7, 7)),
+    ],
+)
+def test_the_definition(shape: tuple[int, int, int, int], decoded: tuple[int, int, int, int]) -> None:
+    """A and B are made whole, multiplied, and read as a kernel."""
+    torch.manual_seed(0)
+    decoder = LowRankDecoder(CONFIG)
+    x = torch.randn(3, CONFIG.hid)
+    out, into, height, width = decoded
+    with torch.no_grad():
+        assert decoder.decoded_shape(shape) == decoded
+        vectors = decoder.mlp["fc"](x).view(3, 2 * CONFIG.rank, CONFIG.rank)
+        a, b = decoder.l2(F.relu(vectors)).view(3, 2 * 512, CONFIG.rank).split(512, dim=1)
+        matrix = a[:, : out * height] @ b[:, : into * width].transpose(1, 2)
+        expected = matrix.view(3, out, height, into, width).permute(0, 1, 3, 2, 4)
+        torch.testing.assert_close(decoder(x, shape), expected)
+    assert int(torch.linalg.matrix_rank(matrix[0])) <= CONFIG.rank
+
+
+def test_nothing_is_tiled_up_to_the_widest_layer() -> None:
+    config = dataclasses.replace(CONFIG, max_shape=(3072, 3072, 16, 16))  # 192 channels, 16x16 patches
+    ghn = GHN(config).eval()
+    for name in ("resnet18", "vit_tiny_patch16_224"):
+        prediction = predict(timm.create_model(name, num_classes=10), ghn)
+        tiled = [key for key, tile in prediction.tiles.items() if tile.shape != prediction.shapes[key]]
+        assert not tiled
+        assert prediction.report.predicted_fraction == 1
+
+
+def test_it_learns() -> None:
+    """A few steps of gradient descent on what the predicted weights compute."""
+    torch.manual_seed(0)
+    ghn = new_ghn(CONFIG, seed=0)
+    images, labels = torch.randn(16, 3, 8, 8), torch.arange(16) % 10
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 32, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
+        torch.nn.Linear(32, 10),
+    )  # fmt: skip
+    graph = trace(model, (3, 8, 8))
+    optimizer = torch.optim.Adam(ghn.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(60):
+        (tiles,) = ghn([graph])
+        loss = F.cross_entropy(torch.func.functional_call(model, tiles, (images,)), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_classes_must_fit() -> None:
+    with pytest.raises(ValueError, match="must be as wide as the widest layer, of which num_classes=1000 is one"):
+        dataclasses.replace(CONFIG, num_classes=1000)
