@@ -53,7 +53,7 @@ def test_nothing_is_tiled_up_to_the_widest_layer() -> None:
         prediction = predict(timm.create_model(name, num_classes=10), ghn)
         tiled = [key for key, tile in prediction.tiles.items() if tile.shape != prediction.shapes[key]]
         assert not tiled
-        assert prediction.report.predicted_fraction == 1
+        assert prediction.report.predicted_fraction > 0.999  # all but the class token
 
 
 def test_it_learns() -> None:
