@@ -293,7 +293,7 @@ def network(family: str) -> Architecture:
     return architecture("timm", "train", 3, families=[family], image_size=32)
 
 
-@pytest.mark.parametrize("family", ["bottleneck", "convnext", "vit", "swin"])
+@pytest.mark.parametrize("family", ["bottleneck", "mobilenetv2", "convnext", "vit", "swin"])
 def test_a_task_computes_what_its_network_does(family: str) -> None:
     """With the network's own parameters, a task is that network; whatever no GHN predicts is among its fixed values."""
     prepared = prepare(network(family), 5, 32)
@@ -305,6 +305,9 @@ def test_a_task_computes_what_its_network_does(family: str) -> None:
     assert own.keys() | task.graph.kept.keys() == dict(real.named_parameters()).keys()
     x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(task.logits(own, x), real(x), atol=1e-4, rtol=1e-4)
+    rough = task.logits(own, x, bf16=True)
+    assert rough.dtype == torch.float32
+    assert (rough - real(x)).norm() < 0.2 * real(x).norm()
     again = prepare(network(family), 5, 32)
     assert all(torch.equal(value, again.fixed[name]) for name, value in prepared.fixed.items())
 

@@ -95,8 +95,9 @@ def _share(text: str) -> dict[str, Any]:
     source, *numbers = text.split(":")
     if source not in FAMILIES:
         raise argparse.ArgumentTypeError(f"{source!r} is not among {', '.join(FAMILIES)}")
-    names = ("families", "max_macs", "weight", "from_step")
-    share: dict[str, Any] = {name: int(float(number)) for name, number in zip(names, numbers, strict=False)}
+    kinds: dict[str, Callable[[str], Any]]
+    kinds = {"families": int, "max_macs": lambda text: int(float(text)), "weight": float, "from_step": int}
+    share: dict[str, Any] = {name: kind(n) for (name, kind), n in zip(kinds.items(), numbers, strict=False)}
     if numbers:
         tier = share["families"]
         share["families"] = [name for name in SPLITS[source]["train"].families if FAMILIES[source][name].tier <= tier]
@@ -135,7 +136,7 @@ def _config(
     if args.resume:
         fields = load_checkpoint(args.out / "checkpoints")[1]["config"]
     else:
-        fields = {**PRESETS[args.preset or "ghn2"], "bf16": _has_bf16(device)}
+        fields = {**PRESETS[args.preset or "ghn2"], "bf16": has_bf16(device)}
     if args.config is not None:
         try:
             fields = {**fields, **json.loads(args.config.read_text(encoding="utf-8"))}
@@ -149,7 +150,7 @@ def _config(
     return TrainConfig.from_dict(fields)
 
 
-def _has_bf16(device: torch.device) -> bool:
+def has_bf16(device: torch.device) -> bool:
     """Whether bfloat16 arithmetic is faster than float32 there."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()

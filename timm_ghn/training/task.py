@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
 from timm_ghn.assign import tile
 from timm_ghn.graph import ComputationGraph, trace
@@ -35,8 +38,8 @@ class Prepared:
 def prepare(architecture: Architecture, num_classes: int, image_size: int) -> Prepared:
     """Traces an architecture; a pure function of its arguments."""
     skeleton = architecture.skeleton(num_classes, image_size=image_size)
-    # As a user's model of this kind will be: at the size that timm's models declare, unless it is fixed. On small images
-    # the last feature maps can be a single position, where an average over positions cannot be told from a reshape.
+    # As a user's model of this kind will be: at the size that timm's models declare, unless it is fixed. On small
+    # images the last maps can be a single position, where an average over positions cannot be told from a reshape.
     size = image_size if architecture.fixed_size else _DECLARED_SIZE
     graph = trace(skeleton, (3, size, size))
     statistics = {id(buffer) for module in _batch_norms(skeleton) for buffer in module.buffers(recurse=False)}
@@ -74,6 +77,11 @@ class Task:
             module.running_mean = module.running_var = module.num_batches_tracked = None
         self.shapes = {name: parameter.shape for name, parameter in self.module.named_parameters()}
 
+        self._has_exceptions = "msa" in self.graph.ops or any(
+            op in ("sep_conv", "dil_conv") and shape is not None and shape[1] == 1
+            for op, shape in zip(self.graph.ops, self.graph.shapes, strict=True)
+        )
+
     def parameters(self, tiles: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the GHN predicted, in the parameters' full shapes; differentiable."""
         return {name: tile(tiles[name], shape) for name, shape in self.shapes.items() if name in tiles}
@@ -82,9 +90,24 @@ class Task:
         """float32 [n, classes] of the network with these parameters, for float32 images [n, 3, size, size]."""
         # Convolutions of this layout are faster on both devices, and it passes from layer to layer.
         images = images.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+        device = images.device.type
+        exceptions = _SlowInBfloat16() if bf16 and device == "cpu" and self._has_exceptions else nullcontext()
+        with torch.autocast(device, torch.bfloat16, enabled=bf16), exceptions:
             output: Tensor = functional_call(self.module, {**self.fixed, **parameters}, (images,))
         return output.float()
+
+
+class _SlowInBfloat16(TorchFunctionMode):
+    """Keeps depthwise convolutions and attention in float32: backward in bfloat16, they take a CPU twice as long."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        depthwise = func is F.conv2d and args[1].shape[1] == 1 and args[1].shape[0] > 1
+        if not depthwise and func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False):
+            args = [arg.float() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args]
+            return func(*args, **kwargs).bfloat16()
 
 
 def _batch_norms(module: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
