@@ -126,8 +126,7 @@ def predict(
         PredictionError: If a predicted tensor does not fit its parameter or is not finite.
         CheckpointError: If the GHN cannot be loaded.
     """
-    if head not in HEADS:
-        raise ValueError(f"head is {head!r}; it must be one of {', '.join(HEADS)}.")
+    check_head(head)
     started = time.perf_counter()
     if isinstance(ghn, str):
         from .hub import load_ghn
@@ -143,6 +142,12 @@ def predict(
         "predict": time.perf_counter() - traced,
     }
     return prediction
+
+
+def check_head(head: str) -> None:
+    """Raises ValueError for a `head` that `predict` does not know."""
+    if head not in HEADS:
+        raise ValueError(f"head is {head!r}; it must be one of {', '.join(HEADS)}.")
 
 
 def predict_from_graph(
@@ -194,10 +199,15 @@ def initialize(
     Device, dtype, mode and buffers of the model stay as they are. Arguments and errors are those of `predict`.
     """
     prediction = predict(model, ghn, head, input_size)
+    write(model, prediction)
+    return prediction.report
+
+
+def write(model: nn.Module, prediction: Prediction) -> None:
+    """Writes a prediction into the model it was made for."""
     started = time.perf_counter()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in prediction.tiles:
                 tile_into(parameter, prediction.tiles[name].to(parameter.device))
     prediction.report.seconds["assign"] = time.perf_counter() - started
-    return prediction.report

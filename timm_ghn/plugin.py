@@ -22,6 +22,7 @@ from torch import nn
 
 from . import hub
 from .assign import initialize
+from .creation import create_predicted
 from .errors import CheckpointError, GHNError
 
 logger = logging.getLogger("timm_ghn.plugin")
@@ -225,8 +226,7 @@ def _create_predicted(
 ) -> nn.Module:
     """Builds a model and predicts its parameters; the GHN comes first, so that a missing one costs no time."""
     ghn = hub.load_ghn(tag)
-    model = build()
-    report = initialize(model, ghn, **ghn_kwargs)
+    model, report = create_predicted(build, ghn, **ghn_kwargs)
     logger.info("%s by %s:\n%s", name, tag, report)
     return model
 

@@ -1,0 +1,146 @@
+"""Creating a model whose random values are drawn only where no prediction takes their place.
+
+Most of the time it takes to make a model goes into filling its parameters with random numbers. While a model is built
+for a prediction, what would fill a tensor is therefore only noted down. It runs as soon as anything looks at the tensor
+and else when the predictions are known, for the parameters without one. Values and buffers that stay are thus made by
+the model's own code, in its order; only the random numbers of predicted parameters are never drawn, so the generator
+stands elsewhere afterwards than after a plain creation.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from .assign import Report, check_head, predict_from_graph, write
+from .graph import trace
+
+if TYPE_CHECKING:
+    from .hypernet import GHN
+
+# What gives a tensor its values, whatever they were before.
+_FILLS = frozenset({
+    torch.Tensor.uniform_, torch.Tensor.normal_, torch.Tensor.fill_, torch.Tensor.zero_,
+    nn.init.uniform_, nn.init.normal_, nn.init.constant_, nn.init.kaiming_uniform_,
+})  # fmt: skip
+# What follows a fill to shape its distribution.
+_CHANGES = frozenset({
+    torch.Tensor.mul_, torch.Tensor.div_, torch.Tensor.add_, torch.Tensor.sub_, torch.Tensor.erfinv_,
+    torch.Tensor.clamp_,
+})  # fmt: skip
+# What may be done with a tensor without a look at its values; everything else counts as one.
+_BLIND = frozenset({
+    "__get__", "__set__", "size", "dim", "numel", "stride", "element_size", "is_contiguous", "is_floating_point",
+    "requires_grad_", "untyped_storage", "view", "detach", "narrow", "chunk", "unbind", "unsqueeze", "transpose", "t",
+    "_set_grad_enabled",
+})  # fmt: skip
+
+
+class DeferredFills(TorchFunctionMode):
+    """While active in a thread, notes down what fills tensors instead of doing it; see the module's text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Storage -> what is to be done with it, in order, each with its place in the order of all.
+        self._pending: dict[int, list[tuple[int, Callable[..., Any], tuple[Any, ...], dict[str, Any]]]] = {}
+        self._count = 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _FILLS or func in _CHANGES:
+            tensors = list(_tensors((args, kwargs)))
+            if len(tensors) == 1 and not tensors[0].is_meta and self._note(func, args, kwargs, tensors[0]):
+                return tensors[0]
+        if self._pending and getattr(func, "__name__", None) not in _BLIND:
+            self.run([_storage(tensor) for tensor in _tensors((args, kwargs))])
+        return func(*args, **kwargs)
+
+    def _note(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensor: torch.Tensor
+    ) -> bool:
+        storage = tensor.untyped_storage()
+        if func in _FILLS:
+            if tensor.numel() * tensor.element_size() == storage.nbytes():
+                self._pending.pop(storage._cdata, None)
+        elif storage._cdata not in self._pending:
+            return False
+        self._count += 1
+        # The arguments hold the tensor, so the storage's address stays its own.
+        self._pending.setdefault(storage._cdata, []).append((self._count, func, args, kwargs))
+        return True
+
+    def run(self, storages: Iterable[int] | None = None) -> None:
+        """Does what was noted down for some storages, or for all, in the order in which it was asked for."""
+        chosen = list(self._pending) if storages is None else dict.fromkeys(storages)
+        noted = [call for storage in chosen for call in self._pending.pop(storage, ())]
+        with torch.no_grad():
+            for _, func, args, kwargs in sorted(noted, key=lambda call: call[0]):
+                func(*args, **kwargs)
+
+    def forget(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Drops what was noted down for tensors that somebody is about to write as a whole."""
+        for tensor in tensors:
+            if tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes():
+                self._pending.pop(_storage(tensor), None)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_meta else tensor.untyped_storage()._cdata
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(tuple(value.values()))
+
+
+def create_predicted(
+    build: Callable[[], nn.Module], ghn: GHN, head: str = "auto", input_size: int | tuple[int, ...] | None = None
+) -> tuple[nn.Module, Report]:
+    """Builds a model and predicts its parameters, in less time than filling them at random would take.
+
+    Args:
+        build: Makes the model.
+        ghn: What predicts.
+        head: As for `timm_ghn.predict`.
+        input_size: As for `timm_ghn.predict`.
+
+    Returns:
+        The model and the report of its prediction. If anything goes wrong there is no model, only the error.
+    """
+    check_head(head)
+    fills = DeferredFills()
+    started = time.perf_counter()
+    try:
+        with fills:
+            model = build()
+        built = time.perf_counter()
+        graph = trace(model, input_size)
+        traced = time.perf_counter()
+        parameters = dict(model.named_parameters())
+        prediction = predict_from_graph(parameters, graph, ghn, head)
+        fills.forget(parameters[name] for name in prediction)
+    except Exception:
+        fills.run()  # somebody else may hold a part of what was built
+        raise
+    predicted = time.perf_counter()
+    fills.run()
+    prediction.report.seconds = {
+        "build": built - started,
+        "trace": traced - built,
+        "predict": predicted - traced,
+        "fill": time.perf_counter() - predicted,
+    }
+    write(model, prediction)
+    return model, prediction.report
