@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from timm_ghn.cli import main
 from timm_ghn.convert import convert_file
 from timm_ghn.errors import CheckpointError
 from timm_ghn.hub import load_ghn
@@ -194,6 +195,15 @@ def test_tensors_that_share_memory_are_refused(tmp_path: Path) -> None:
     torch.save({name: flat[: tensor.numel()].view(tensor.shape) for name, tensor in state.items()}, tmp_path / "ghn.pt")
     with pytest.raises(CheckpointError, match="its tensors share memory"):
         convert_file(tmp_path / "ghn.pt", tmp_path / "out")
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, state = tiny(heads=8)
+    joblib.dump(state, tmp_path / "ghn.pt", compress=3)
+    assert main(["convert", str(tmp_path / "ghn.pt"), "-o", str(tmp_path / "out")]) == 0
+    assert load_ghn(tmp_path / "out").config == config
+    assert main(["convert", str(tmp_path / "out" / "config.json"), "-o", str(tmp_path / "again")]) == 1
+    assert capsys.readouterr().err.startswith("timm-ghn: Cannot convert ")
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

@@ -73,5 +73,5 @@ def verify(source: str | os.PathLike[str], architectures: Sequence[str] = ARCHIT
 
 
 def _norm(model: nn.Module) -> float:
-    squares = (float(torch.linalg.vector_norm(p, dtype=torch.float64)) ** 2 for p in model.parameters())
+    squares = (float(torch.linalg.vector_norm(p.detach(), dtype=torch.float64)) ** 2 for p in model.parameters())
     return math.sqrt(sum(squares))
