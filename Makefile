@@ -1,11 +1,11 @@
-# Both targets need nothing but python3 with pip: they make .venv, install the package into it, and run.
+# The targets need nothing but python3 with pip: they make .venv, install the package into it, and run.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Real images for the demo, if there are any: a parquet file in the schema of the Hub's uoft-cs/cifar10.
 CIFAR10 ?= $(wildcard ../shared/data/cifar10-train.parquet)
 
-.PHONY: demo test clean
+.PHONY: demo test zoo clean
 
 demo: $(VENV)/.installed
 	$(BIN)/timm-ghn demo $(if $(CIFAR10),--cifar10 $(CIFAR10))
@@ -14,6 +14,10 @@ test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# Every architecture of timm; benchmarks/results holds the result of a whole run.
+zoo: $(VENV)/.installed
+	$(BIN)/timm-ghn zoo --workers $(shell nproc) --output build/zoo
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 import timm
 import torch
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from safetensors.torch import save_model
 from torch import nn
@@ -40,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status. What a user did wrong is told in one sentence, without a traceback."""
     parser = argparse.ArgumentParser(prog="timm-ghn", description="Predicted weights for timm models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for add in (_add_list, _add_create, _add_demo, _add_train, _add_evaluate, _add_convert, _add_verify, _add_publish):
+    for add in (
+        _add_list, _add_create, _add_demo, _add_zoo, _add_train, _add_evaluate, _add_convert, _add_verify, _add_publish,
+    ):  # fmt: skip
         add(commands)
     args = parser.parse_args(argv)
     try:
@@ -132,6 +136,39 @@ def _demo(args: argparse.Namespace) -> None:
             with torch.no_grad():
                 right = sum(int((model(x).argmax(1) == y).sum()) for x, y in images.batches(250))
             console.print(f"  {name:<12} {right / len(images):6.2%}", highlight=False)
+
+
+def _add_zoo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("zoo", help="trace and predict every architecture of timm, and sum up the result")
+    parser.add_argument("filter", nargs="*", help="names or wildcards; all architectures if none is given")
+    parser.add_argument("--ghn", default="ghn2", help="tag, directory, .safetensors file or hf-hub:org/repo@revision")
+    parser.add_argument("--workers", type=int, default=1, help="processes to use (default: %(default)s)")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("zoo"), metavar="DIR",
+        help="where zoo.jsonl, zoo.json and zoo.md go; a sweep that was stopped goes on (default: %(default)s)",
+    )  # fmt: skip
+    parser.set_defaults(run=_zoo)
+
+
+def _zoo(args: argparse.Namespace) -> None:
+    from . import zoo
+
+    names = timm.list_models(args.filter or "")
+    found = zoo.sweep(names, args.ghn, args.output / "zoo.jsonl", args.workers)
+    summary = zoo.summarise(track(found, "examining", len(names), console=console))
+    (args.output / "zoo.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (args.output / "zoo.md").write_text(zoo.markdown(summary))
+    table = Table("family", *zoo.COLUMNS)
+    for family, counts in summary["families"].items():
+        table.add_row(family, *zoo.cells(counts))
+    table.add_section()
+    table.add_row("all", *zoo.cells(summary["all"]))
+    console.print(table)
+    for name, row in summary["exceptions"].items():
+        console.print(f"{name}: {row['predicted_fraction']:.2%}; kept: {', '.join(row['kept'])}", highlight=False)
+    if summary["failed"]:
+        name, error = next(iter(summary["failed"].items()))
+        raise GHNError(f"{len(summary['failed'])} architectures failed, the first of them {name} ({error}).")
 
 
 def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
