@@ -6,7 +6,6 @@ import io
 import math
 import mmap
 import struct
-import sys
 import zipfile
 import zlib
 from pathlib import Path
@@ -58,12 +57,12 @@ def read(path: Path) -> tuple[Any, int]:
             return _read_legacy(_File(file, size)), size
         if start.startswith(_PICKLE):
             plain = _File(file, size)
-            content = run(plain, _joblib_names(plain))
+            content = run(plain, _JOBLIB)
             plain.expect_end()
             return content, size
         if start.startswith(_ZLIB):
             inflated = _Inflated(file, size)
-            content = run(inflated, _joblib_names(inflated))
+            content = run(inflated, _JOBLIB)
             inflated.expect_end()
             return content, inflated.given
     raise ValueError("it is neither torch's format nor joblib's, plain or compressed by zlib")
@@ -152,7 +151,7 @@ def _line(stream: Stream) -> bytes:
 
 def _read_zip(path: Path, size: int) -> Any:
     """torch.save's format since version 1.6: a pickle, and one uncompressed member for each storage."""
-    with zipfile.ZipFile(_Directory(path)) as archive:
+    with _Directory(path) as file, zipfile.ZipFile(file) as archive:
         members = {info.filename: info for info in archive.infolist()}
         if any(info.compress_type != zipfile.ZIP_STORED for info in members.values()):
             raise ValueError("it is compressed, which torch.save never does")
@@ -166,9 +165,8 @@ def _read_zip(path: Path, size: int) -> Any:
         if f"{folder}byteorder" in members and archive.read(f"{folder}byteorder") != b"little":
             raise ValueError("its tensors are big-endian")
         pickle = archive.read(f"{folder}data.pkl")
-        assert archive.fp is not None
         # The file itself serves as memory, so that a checkpoint is not held twice.
-        mapped = mmap.mmap(archive.fp.fileno(), 0, access=mmap.ACCESS_COPY)
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
         def storage(dtype: torch.dtype, key: str, count: int) -> torch.Tensor:
             member = members[f"{folder}data/{key}"]
@@ -217,24 +215,11 @@ def _read_legacy(stream: _File) -> Any:
     if sorted(keys) != sorted(storages):
         raise ValueError("its list of storages is not that of its tensors")
     for key in keys:
-        if int.from_bytes(stream.read(8), sys.byteorder) != len(storages[key]):
+        if int.from_bytes(stream.read(8), "little") != len(storages[key]):
             raise ValueError(f"its storage {key[:80]!r} does not have the size of its tensors")
         stream.readinto(storages[key].view(torch.uint8).numpy().data)
     stream.expect_end()
     return content
-
-
-def _joblib_names(stream: Stream) -> dict[str, Any]:
-    """joblib pickles a torch tensor as torch's own reduction says, and writes numpy arrays into the stream itself."""
-    return {
-        "collections.OrderedDict": StateDict,
-        "torch._utils._rebuild_tensor_v2": rebuild_tensor,
-        "torch._utils._rebuild_parameter": lambda data, *_: data,
-        "torch.storage._load_from_bytes": _load_from_bytes,
-        "joblib.numpy_pickle.NumpyArrayWrapper": _Array,
-        "numpy.ndarray": None,
-        "numpy.dtype": _DType,
-    }
 
 
 def _load_from_bytes(data: Bytes) -> torch.Tensor:
@@ -270,3 +255,15 @@ class _Array(Buildable):
         if state["order"] == "F":
             return array.view(shape[::-1]).permute(*reversed(range(len(shape))))
         return array.view(shape)
+
+
+# joblib pickles a torch tensor as torch's own reduction says, and writes numpy arrays into the stream itself.
+_JOBLIB: dict[str, Any] = {
+    "collections.OrderedDict": StateDict,
+    "torch._utils._rebuild_tensor_v2": rebuild_tensor,
+    "torch._utils._rebuild_parameter": lambda data, *_: data,
+    "torch.storage._load_from_bytes": _load_from_bytes,
+    "joblib.numpy_pickle.NumpyArrayWrapper": _Array,
+    "numpy.ndarray": None,
+    "numpy.dtype": _DType,
+}
