@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
+import itertools
 import json
 import sys
 import time
@@ -11,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import timm
-import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -20,7 +21,9 @@ from torch import nn
 
 from .assign import initialize
 from .convert import convert_file
+from .creation import create_predicted
 from .errors import GHNError
+from .evaluation import accuracy, calibrate
 from .hub import hub_configs, list_ghns, load_ghn, resolve
 from .publish import publish
 from .verify import ARCHITECTURES, verify
@@ -108,34 +111,30 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 def _demo(args: argparse.Namespace) -> None:
     ghn = load_ghn(args.ghn)
-    table = Table("architecture", "parameters", "predicted", "random init", "prediction", title=f"by {args.ghn}")
+    classes = ghn.config.num_classes
+    table = Table("architecture", "parameters", "predicted", "random init", "by prediction", title=f"by {args.ghn}")
     for column in table.columns[1:]:
         column.justify = "right"
     for name in _DEMO_ARCHITECTURES:
         started = time.perf_counter()
-        model = _timm_model(name)
-        created = time.perf_counter() - started
-        report = initialize(model, ghn)
+        _timm_model(name, classes)
+        created = time.perf_counter()
+        model, report = create_predicted(functools.partial(_timm_model, name, classes), ghn)
+        predicted = time.perf_counter()
         size = sum(parameter.numel() for parameter in model.parameters())
-        predicting = sum(report.seconds.values())
-        table.add_row(
-            name, f"{size / 1e6:.1f} M", f"{report.predicted_fraction:.2%}", f"{created:.2f} s", f"{predicting:.2f} s"
-        )
+        times = (f"{seconds:.2f} s" for seconds in (created - started, predicted - created))
+        table.add_row(name, f"{size / 1e6:.1f} M", f"{report.predicted_fraction:.2%}", *times)
     console.print(table)
     console.print(f"\n{name}, in detail\n{report}", highlight=False, markup=False)
     if args.cifar10:
         from .training.data import load_dataset
 
         images = load_dataset(args.cifar10, "val")
-        console.print(f"\nTop-1 accuracy of predicted weights on {len(images)} held-out images of {args.cifar10}:")
+        console.print(f"\nTop-1 of predicted weights, no gradient step, on {len(images)} held-out images:")
         for name in _DEMO_CLASSIFIERS:
-            model = _timm_model(name, images.num_classes)
-            initialize(model, ghn, head="predict")
-            # Batch norms have seen no data yet, so they take each batch's own statistics.
-            model.train()
-            with torch.no_grad():
-                right = sum(int((model(x).argmax(1) == y).sum()) for x, y in images.batches(250))
-            console.print(f"  {name:<12} {right / len(images):6.2%}", highlight=False)
+            model, _ = create_predicted(functools.partial(_timm_model, name, images.num_classes), ghn, head="predict")
+            calibrate(model, itertools.islice(images.batches(250), 4))  # batch norms have seen no data yet
+            console.print(f"  {name:<12} {accuracy(model, images.batches(250)):6.2%}", highlight=False)
 
 
 def _add_zoo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
