@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import math
 import os
 import resource
 import subprocess
@@ -114,6 +115,23 @@ def test_it_learns(tmp_path: Path) -> None:
     run = trainer(tmp_path, config)
     assert run.validate()["val_mean"] < 50
     assert run.run()["val_mean"] > 65
+
+
+@pytest.mark.parametrize(
+    "ghn",
+    [
+        {"hypernet": "graphormer", "layers": 2, "heads": 2},
+        {"hypernet": "mlp", "decoder": "mlp"},
+        {"hypernet": "graphormer", "decoder": "lowrank", "rank": 4, "heads": 2, "max_shape": (64, 64, 16, 16)},
+    ],
+)
+def test_every_kind_of_ghn_trains(ghn: dict[str, Any], tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, ghn=dataclasses.replace(CONFIG.ghn, **ghn), steps=2, penalty=3e-5)
+    run = trainer(tmp_path, config)
+    start = {name: value.clone() for name, value in run.ghn.named_parameters()}
+    run.run()
+    assert run.skipped == [] and math.isfinite(run.best["val_mean"])
+    assert sum(not torch.equal(value, start[name]) for name, value in run.ghn.named_parameters()) > 0.9 * len(start)
 
 
 def test_starting_from_weights(uninterrupted: Path, tmp_path: Path) -> None:

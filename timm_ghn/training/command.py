@@ -31,7 +31,7 @@ from timm_ghn.training.trainer import Trainer
 
 logger = logging.getLogger("timm_ghn.training")
 
-_GHN_ARGUMENTS = ("hypernet", "hid", "layers", "heads", "max_shape")
+_GHN_ARGUMENTS = ("hypernet", "decoder", "hid", "layers", "heads", "rank", "max_shape")
 _RUN_ARGUMENTS = ("steps", "seed", "meta_batch", "batch_size", "lr", "eval_every", "val_architectures", "val_images",
                   "bf16")  # fmt: skip
 _BATCH = 250
@@ -84,9 +84,11 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     config.add_argument("--val-images", type=int)
     config.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="by default where the device has it")
     config.add_argument("--hypernet", choices=("gatedgnn", "graphormer", "mlp"))
+    config.add_argument("--decoder", choices=("conv", "mlp", "lowrank"))
     config.add_argument("--hid", type=int)
     config.add_argument("--layers", type=int)
     config.add_argument("--heads", type=int)
+    config.add_argument("--rank", type=int, help="of a low-rank decoder's matrices")
     config.add_argument("--max-shape", type=_integers, metavar="OUT,IN,H,W")
     parser.set_defaults(run=train)
 
