@@ -18,6 +18,10 @@ from timm_ghn import hub
 from timm_ghn.hypernet import GHN, GHNConfig
 
 
+# Tests leave the user's cache of graphs alone.
+os.environ["TIMM_GHN_CACHE"] = "0"
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data: $TIMM_GHN_SHARED, or ../shared beside the checkout."""

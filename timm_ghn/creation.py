@@ -10,7 +10,7 @@ stands elsewhere afterwards than after a plain creation.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .assign import Report, check_head, predict_from_graph, write
-from .graph import trace
+from .graph import ComputationGraph, cache, trace
 
 if TYPE_CHECKING:
     from .hypernet import GHN
@@ -106,7 +106,11 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def create_predicted(
-    build: Callable[[], nn.Module], ghn: GHN, head: str = "auto", input_size: int | tuple[int, ...] | None = None
+    build: Callable[[], nn.Module],
+    ghn: GHN,
+    head: str = "auto",
+    input_size: int | tuple[int, ...] | None = None,
+    key: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, Report]:
     """Builds a model and predicts its parameters, in less time than filling them at random would take.
 
@@ -115,6 +119,7 @@ def create_predicted(
         ghn: What predicts.
         head: As for `timm_ghn.predict`.
         input_size: As for `timm_ghn.predict`.
+        key: All that decides what `build` makes; its graph then comes from the cache if it was traced before.
 
     Returns:
         The model and the report of its prediction. If anything goes wrong there is no model, only the error.
@@ -126,9 +131,9 @@ def create_predicted(
         with fills:
             model = build()
         built = time.perf_counter()
-        graph = trace(model, input_size)
-        traced = time.perf_counter()
         parameters = dict(model.named_parameters())
+        graph = _graph(model, parameters, input_size, key)
+        traced = time.perf_counter()
         prediction = predict_from_graph(parameters, graph, ghn, head)
         fills.forget(parameters[name] for name in prediction)
     except Exception:
@@ -144,3 +149,19 @@ def create_predicted(
     }
     write(model, prediction)
     return model, prediction.report
+
+
+def _graph(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    input_size: int | tuple[int, ...] | None,
+    key: Mapping[str, Any] | None,
+) -> ComputationGraph:
+    if key is None:
+        return trace(model, input_size)
+    key = {**key, "input_size": input_size}
+    graph = cache.load(key, parameters)
+    if graph is None:
+        graph = trace(model, input_size)
+        cache.store(key, parameters, graph)
+    return graph
