@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from timm_ghn import hub
 from timm_ghn.hypernet import GHN, GHNConfig
 
-
 # Tests leave the user's cache of graphs alone.
 os.environ["TIMM_GHN_CACHE"] = "0"
 

@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import timm
+import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from safetensors.torch import save_model
 from torch import nn
 
-from .assign import initialize
+from .assign import HEADS, initialize
 from .convert import convert_file
 from .creation import create_predicted
 from .errors import GHNError
@@ -46,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="timm-ghn", description="Predicted weights for timm models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for add in (
-        _add_list, _add_create, _add_demo, _add_zoo, _add_train, _add_evaluate, _add_convert, _add_verify, _add_publish,
+        _add_list, _add_create, _add_predict, _add_demo, _add_zoo, _add_train, _add_evaluate, _add_convert, _add_verify,
+        _add_publish,
     ):  # fmt: skip
         add(commands)
     args = parser.parse_args(argv)
@@ -94,12 +96,45 @@ def _create(args: argparse.Namespace) -> None:
         console.print(f"saved to {args.output}", highlight=False, markup=False)
 
 
-def _timm_model(name: str, num_classes: int | None = None) -> nn.Module:
+def _check_name(name: str) -> None:
     if not timm.is_model(name):
         nearest = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.0)[0]
         raise GHNError(f"timm has no architecture {name!r}: did you mean {nearest!r}?")
+
+
+def _timm_model(name: str, num_classes: int | None = None) -> nn.Module:
+    _check_name(name)
     model: nn.Module = timm.create_model(name, num_classes=num_classes)
     return model
+
+
+def _add_predict(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("predict", help="write a model's predicted weights to files, however large it is")
+    parser.add_argument("name", help="architecture, as in timm.create_model")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="where the files go")
+    parser.add_argument("--ghn", default="ghn2", help="tag, directory, .safetensors file or hf-hub:org/repo@revision")
+    parser.add_argument("--num-classes", type=int, help="classes of the model; timm's default for it if not given")
+    parser.add_argument("--head", default="auto", choices=HEADS, help="the classification layer (default: %(default)s)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument(
+        "--max-shard-size", metavar="SIZE", help="begin another file beyond, e.g. 5GB; timm itself loads only one file"
+    )
+    parser.set_defaults(run=_predict)
+
+
+def _predict(args: argparse.Namespace) -> None:
+    from .export import export, parse_size
+
+    _check_name(args.name)
+    limit = parse_size(args.max_shard_size) if args.max_shard_size else None
+    ghn = load_ghn(args.ghn)
+    tag = args.ghn if args.ghn in list_ghns() else "ghn"
+    dtype = getattr(torch, args.dtype)
+    report, files = export(args.name, args.output, ghn, tag, args.num_classes, args.head, dtype, limit)
+    console.print(f"{args.name} by {args.ghn}", style="bold")
+    console.print(str(report), highlight=False, markup=False)
+    for file in files:
+        console.print(f"{file.stat().st_size:>15,} bytes  {file}", highlight=False, markup=False)
 
 
 def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .assign import Report, check_head, predict_from_graph, write
+from .assign import Prediction, Report, check_head, predict_from_graph, write
 from .graph import ComputationGraph, cache, trace
 
 if TYPE_CHECKING:
@@ -124,6 +124,19 @@ def create_predicted(
     Returns:
         The model and the report of its prediction. If anything goes wrong there is no model, only the error.
     """
+    model, prediction = build_unwritten(build, ghn, head, input_size, key)
+    write(model, prediction)
+    return model, prediction.report
+
+
+def build_unwritten(
+    build: Callable[[], nn.Module],
+    ghn: GHN,
+    head: str = "auto",
+    input_size: int | tuple[int, ...] | None = None,
+    key: Mapping[str, Any] | None = None,
+) -> tuple[nn.Module, Prediction]:
+    """`create_predicted` without its last step: predicted parameters are memory that nobody has written or touched."""
     check_head(head)
     fills = DeferredFills()
     started = time.perf_counter()
@@ -147,8 +160,7 @@ def create_predicted(
         "predict": predicted - traced,
         "fill": time.perf_counter() - predicted,
     }
-    write(model, prediction)
-    return model, prediction.report
+    return model, prediction
 
 
 def _graph(

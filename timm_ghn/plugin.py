@@ -14,6 +14,7 @@ import importlib
 import logging
 import threading
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -251,12 +252,22 @@ def _build(
         fields = vars(pretrained_cfg) if dataclasses.is_dataclass(pretrained_cfg) else pretrained_cfg
         pretrained_cfg = {**fields, "tag": default and default.tag}
     model = entrypoint(pretrained=False, pretrained_cfg=pretrained_cfg, **kwargs)
+    label(model, tag)
+    return model
+
+
+def label(model: nn.Module, tag: str) -> None:
+    """Makes a model's cfg say that its weights are a GHN's, and nothing of those it was written for."""
     cfg = getattr(model, "pretrained_cfg", None)
     if isinstance(cfg, dict):  # default_cfg is the same object
         for field in _WEIGHTS_FIELDS:
             cfg.pop(field, None)
         cfg.update(tag=tag, custom_load=False)
-    return model
+
+
+def save_config(model: nn.Module, file: Path) -> None:
+    """Writes the config.json with which timm makes the model from a directory or a repository."""
+    importlib.import_module("timm.models._hub").save_config_for_hf(model, file)
 
 
 def _load_pretrained(model: nn.Module, pretrained_cfg: Any = None, *args: Any, **kwargs: Any) -> None:
