@@ -225,7 +225,8 @@ def test_a_model_registered_later(monkeypatch: pytest.MonkeyPatch) -> None:
         return timm.models.test_resnet(pretrained=pretrained, **kwargs)
 
     module = types.ModuleType("late_models")
-    vars(module)["default_cfgs"] = timm.models.generate_default_cfgs({"late_model.late_tag": {"input_size": (3, 96, 96)}})
+    cfgs = {"late_model.late_tag": {"input_size": (3, 96, 96)}}
+    vars(module)["default_cfgs"] = timm.models.generate_default_cfgs(cfgs)
     monkeypatch.setitem(sys.modules, "late_models", module)
     late_model.__module__ = "late_models"
     timm.models.register_model(late_model)
