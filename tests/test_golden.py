@@ -65,7 +65,7 @@ def assert_same_predictions(prediction: Prediction, expected: dict[str, Any]) ->
     for name, tensor in prediction.items():
         values = expected[name]
         assert list(tensor.shape) == values["shape"], name
-        norm = torch.linalg.vector_norm(tensor, dtype=torch.float64)  # in float32 the sum over 100 M squares is too far off
+        norm = torch.linalg.vector_norm(tensor, dtype=torch.float64)  # float32 is too coarse for 100 M squares
         assert float(norm) == pytest.approx(values["norm"], rel=1e-4), name
         flat = tensor.flatten()
         torch.testing.assert_close(flat[: len(values["head"])], torch.tensor(values["head"]), atol=1e-5, rtol=0)
