@@ -10,7 +10,7 @@ stands elsewhere afterwards than after a plain creation.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,11 +33,11 @@ _CHANGES = frozenset({
     torch.Tensor.mul_, torch.Tensor.div_, torch.Tensor.add_, torch.Tensor.sub_, torch.Tensor.erfinv_,
     torch.Tensor.clamp_,
 })  # fmt: skip
-# What may be done with a tensor without a look at its values; everything else counts as one.
+# What may be done without a look at a tensor's values; everything else counts as one.
 _BLIND = frozenset({
     "__get__", "__set__", "size", "dim", "numel", "stride", "element_size", "is_contiguous", "is_floating_point",
     "requires_grad_", "untyped_storage", "view", "detach", "narrow", "chunk", "unbind", "unsqueeze", "transpose", "t",
-    "_set_grad_enabled",
+    "_set_grad_enabled", "empty", "zeros", "ones",
 })  # fmt: skip
 
 
@@ -54,17 +54,21 @@ class DeferredFills(TorchFunctionMode):
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _FILLS or func in _CHANGES:
-            tensors = list(_tensors((args, kwargs)))
-            if len(tensors) == 1 and not tensors[0].is_meta and self._note(func, args, kwargs, tensors[0]):
-                return tensors[0]
-        if self._pending and getattr(func, "__name__", None) not in _BLIND:
-            self.run([_storage(tensor) for tensor in _tensors((args, kwargs))])
+        if getattr(func, "__name__", None) in _BLIND:
+            return func(*args, **kwargs)
+        tensors = _tensors(args, kwargs)
+        if len(tensors) == 1 and not tensors[0].is_meta and self._note(func, args, kwargs, tensors[0]):
+            return tensors[0]
+        if self._pending and tensors:
+            self.run([_storage(tensor) for tensor in tensors])
         return func(*args, **kwargs)
 
     def _note(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], tensor: torch.Tensor
     ) -> bool:
+        """Whether `func` is something to be done later."""
+        if func not in _FILLS and func not in _CHANGES:
+            return False
         storage = tensor.untyped_storage()
         if func in _FILLS:
             if tensor.numel() * tensor.element_size() == storage.nbytes():
@@ -95,14 +99,19 @@ def _storage(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_meta else tensor.untyped_storage()._cdata
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(tuple(value.values()))
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """The tensors among a function's arguments, in lists and dictionaries too."""
+    found = []
+    values = [*args, *kwargs.values()]
+    while values:
+        value = values.pop()
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            values.extend(value)
+        elif isinstance(value, dict):
+            values.extend(value.values())
+    return found
 
 
 def create_predicted(
