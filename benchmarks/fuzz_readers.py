@@ -113,13 +113,13 @@ def main() -> None:
             process.kill()
             (args.output / "current").rename(args.output / f"crash-{first}.bin")
             totals["?"]["crash or hang"] += 1
+        (args.output / "fuzz.json").write_text(json.dumps(totals, indent=2) + "\n")
         print(f"{seeds.stop - args.first_seed:,} inputs, {time.perf_counter() - started:.0f} s", file=sys.stderr)
     kinds = sorted({kind for counts in totals.values() for kind in counts})
     table = Table("format", *kinds, title=f"{args.inputs:,} inputs in {time.perf_counter() - started:.0f} s")
     for format, counts in sorted(totals.items()):
         table.add_row(format, *(f"{counts[kind]:,}" for kind in kinds))
     Console().print(table)
-    (args.output / "fuzz.json").write_text(json.dumps(totals, indent=2) + "\n")
 
 
 if __name__ == "__main__":
