@@ -30,6 +30,7 @@ from timm_ghn.training.architectures import Architecture, architecture
 from timm_ghn.training.checkpoint import TrainingError, load_checkpoint, save_checkpoint
 from timm_ghn.training.config import PRESETS, TrainConfig
 from timm_ghn.training.data import ImageDataset
+from timm_ghn.training.folding import unfold
 from timm_ghn.training.pool import Schedule, Share, TaskPool
 from timm_ghn.training.task import Task, prepare
 from timm_ghn.training.trainer import Trainer, new_ghn
@@ -318,7 +319,7 @@ def test_a_task_computes_what_its_network_does(family: str) -> None:
     task = Task(prepared, 5, 32)
     assert all(parameter.is_meta for parameter in task.module.parameters())
     real = network(family).build(5).train()
-    real.load_state_dict(task.fixed, strict=False)
+    real.load_state_dict({name: unfold(value) for name, value in task.fixed.items()}, strict=False)
     own = {name: parameter for name, parameter in real.named_parameters() if name in task.shapes}
     assert own.keys() | task.graph.kept.keys() == dict(real.named_parameters()).keys()
     x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from timm_ghn.assign import tile
 from timm_ghn.graph import ComputationGraph, trace
 from timm_ghn.training.architectures import Architecture
+from timm_ghn.training.folding import fold, fold_constant, unfold
 
 _DECLARED_SIZE = 224
 
@@ -69,8 +70,11 @@ class Task:
     def __init__(self, prepared: Prepared, num_classes: int, image_size: int, device: torch.device | str = "cpu"):
         self.architecture = prepared.architecture
         self.graph = prepared.graph
+        self.device = torch.device(device)
         # A tensor from a worker process holds an open file for as long as it lives; copies do not.
         self.fixed = {name: value.to(device, copy=True) for name, value in prepared.fixed.items()}
+        if self.device.type == "cpu":
+            self.fixed = {name: fold_constant(value) for name, value in self.fixed.items()}
         self.module = self.architecture.skeleton(num_classes, image_size=image_size).train()
         for module in _batch_norms(self.module):
             module.track_running_stats = False
@@ -84,7 +88,9 @@ class Task:
 
     def parameters(self, tiles: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the GHN predicted, in the parameters' full shapes; differentiable."""
-        return {name: tile(tiles[name], shape) for name, shape in self.shapes.items() if name in tiles}
+        # Arithmetic is what takes time on a CPU; on a GPU, small networks wait for launches, which folding adds to.
+        whole = fold if self.device.type == "cpu" else tile
+        return {name: whole(tiles[name], shape) for name, shape in self.shapes.items() if name in tiles}
 
     def logits(self, parameters: Mapping[str, Tensor], images: Tensor, bf16: bool = False) -> Tensor:
         """float32 [n, classes] of the network with these parameters, for float32 images [n, 3, size, size]."""
@@ -94,7 +100,7 @@ class Task:
         exceptions = _SlowInBfloat16() if bf16 and device == "cpu" and self._has_exceptions else nullcontext()
         with torch.autocast(device, torch.bfloat16, enabled=bf16), exceptions:
             output: Tensor = functional_call(self.module, {**self.fixed, **parameters}, (images,))
-        return output.float()
+        return unfold(output).float()
 
 
 class _SlowInBfloat16(TorchFunctionMode):

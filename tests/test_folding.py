@@ -1,0 +1,130 @@
+"""Folded tensors: every function on the part gives what it gives on the whole, values and derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from timm_ghn.assign import tile
+from timm_ghn.hypernet import GHN, GHNConfig
+from timm_ghn.training.architectures import SPLITS, architecture
+from timm_ghn.training.folding import Folded, fold, fold_constant, unfold
+from timm_ghn.training.task import Task, prepare
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# Parts of 4 channels, in wholes of 8 and of 11.
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "conv": lambda x, w, v: F.conv2d(x, w["conv"], v["out"], 2, 1),
+    "conv of another period": lambda x, w, v: F.conv2d(x, w["wide"], None, 1, 1),
+    "depthwise conv": lambda x, w, v: F.conv2d(x, w["depthwise"], v["channels"], 1, 2, 2, x.shape[1]),
+    "grouped conv": lambda x, w, v: F.conv2d(x, w["grouped"], None, 1, 1, 1, 4) if x.shape[1] == 8 else x,
+    "linear": lambda x, w, v: F.linear(x.mean((2, 3)), w["matrix"], v["out"]),
+    "linear over tokens": lambda x, w, v: F.linear(x.flatten(2).transpose(1, 2), w["matrix"]),
+    "batch norm": lambda x, w, v: F.batch_norm(x, None, None, v["channels"], v["bias"], True),
+    "layer norm": lambda x, w, v: F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], v["channels"], v["bias"], 1e-6),
+    "group norm": lambda x, w, v: F.group_norm(x, 1, v["channels"], v["bias"]),
+    "layer norm over positions too": lambda x, w, v: F.layer_norm(x, x.shape[1:]),
+    "activations": lambda x, w, v: F.gelu(F.silu(x) + F.hardswish(x) * x.sigmoid()) - F.relu(x * 1, inplace=True) ** 2,
+    "sum": lambda x, w, v: x + 2 * x - x * v["scale"] + 1,
+    "sum with a whole": lambda x, w, v: x + torch.ones_like(unfold(x)),
+    "gate": lambda x, w, v: x * x.mean((2, 3), keepdim=True).sigmoid(),
+    "vector": lambda x, w, v: x * v["channels"].view(1, -1, 1, 1) + v["bias"].reshape(-1, 1, 1),
+    "means": lambda x, w, v: x.mean(1, keepdim=True) * x.norm(p=2, dim=(2, 3), keepdim=True) / x.mean((1, 2)).mean(),
+    "addcmul": lambda x, w, v: torch.addcmul(v["bias"].view(1, -1, 1, 1), v["channels"].view(1, -1, 1, 1), x, value=3),
+    "pooling": lambda x, w, v: F.max_pool2d(F.avg_pool2d(F.pad(x, (1, 1, 1, 1)), 2, 1), 3, 2, 1),
+    "global pooling": lambda x, w, v: F.adaptive_avg_pool2d(x, 1).flatten(1),
+    "flatten": lambda x, w, v: x.flatten(1),
+    "concat": lambda x, w, v: torch.cat([x, F.relu(x)], 1),
+    "slice": lambda x, w, v: x[:, 2:5].chunk(3, 1)[1],
+    "dropout": lambda x, w, v: F.dropout(x, 0.5, training=False),
+    "casts": lambda x, w, v: x.float().contiguous().to(torch.float64).clone(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("channels", [8, 11])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_part_gives_what_the_whole_gives(name: str, channels: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    leaves = [leaf(2, 4, 6, 6), leaf(4, 4, 3, 3), leaf(6, 6, 3, 3), leaf(4, 1, 3, 3), leaf(4, 2, 3, 3), leaf(4, 4)]
+    leaves += [leaf(4), leaf(4), leaf(4), leaf(1)]
+    shapes = [(2, channels, 6, 6), (10, channels, 3, 3), (9, channels, 3, 3), (channels, 1, 3, 3), (channels, 2, 3, 3)]
+    shapes += [(10, channels), (channels,), (channels,), (10,), (1,)]
+
+    def run(make: Callable[..., Tensor]) -> tuple[Tensor, list[Tensor | None]]:
+        x, *weights = (make(one, shape) for one, shape in zip(leaves, shapes, strict=True))
+        named = dict(zip(("conv", "wide", "depthwise", "grouped", "matrix"), weights, strict=False))
+        vectors = dict(zip(("channels", "bias", "out", "scale"), weights[5:], strict=True))
+        y = unfold(FUNCTIONS[name](x, named, vectors))
+        out = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        return y, list(torch.autograd.grad((y * out).sum(), leaves, allow_unused=True))
+
+    (folded, folded_gradients), (whole, whole_gradients) = run(fold), run(tile)
+    torch.testing.assert_close(folded, whole)
+    for ours, theirs in zip(folded_gradients, whole_gradients, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_what_stays_folded() -> None:
+    """As long as possible, so that the whole is never computed."""
+    x, w = fold(torch.randn(2, 4, 6, 6), (2, 11, 6, 6)), fold(torch.randn(4, 4, 3, 3), (11, 11, 3, 3))
+    scale, one = fold(torch.randn(4), (11,)), fold_constant(torch.full((11, 1, 1), 0.5))
+    y = F.conv2d(x, w, None, 1, 1)
+    y = F.relu(F.batch_norm(y, None, None, scale, scale, True)) + x * one
+    y = F.layer_norm(y.permute(0, 2, 3, 1), (11,), scale, scale).permute(0, 3, 1, 2)
+    assert isinstance(y, Folded) and y.part.shape == (2, 4, 6, 6) and y.shape == (2, 11, 6, 6)
+    y = F.linear(F.max_pool2d(y, 2).mean((2, 3)), fold(torch.randn(10, 4), (10, 11)))
+    assert not isinstance(y, Folded) and y.shape == (2, 10)
+
+
+def test_folded_tensors_tell_of_the_whole() -> None:
+    x = fold(torch.randn(2, 4), (2, 11))
+    assert x.shape == (2, 11) and x.ndim == 2 and x.numel() == 22 and len(x) == 2 and x.size(1) == 11
+    assert x.dtype == torch.float32 and x.device.type == "cpu" and "of [2, 11]" in repr(x)
+    assert fold(torch.ones(3), (3,)).shape == (3,) and not isinstance(fold(torch.ones(3), (3,)), Folded)
+    constant, varied = fold_constant(torch.full((5,), 2.0)), fold_constant(torch.arange(5.0))
+    assert isinstance(constant, Folded) and torch.equal(unfold(constant), torch.full((5,), 2.0))
+    assert not isinstance(varied, Folded)
+
+
+FAMILIES = [(source, family) for source in SPLITS for family in SPLITS[source]["train"].families]
+
+
+@pytest.mark.parametrize("source, family", FAMILIES)
+def test_every_family_is_computed_exactly(source: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    ghn = GHN(GHNConfig(num_classes=5, max_shape=(12, 12, 3, 3), hid=8))
+    task = Task(prepare(architecture(source, "train", 7, families=[family], max_macs=10_000_000), 5, 32), 5, 32)
+    leaves = {name: t.detach().requires_grad_() for name, t in ghn([task.graph])[0].items() if name in task.shapes}
+    x = torch.randn(4, 3, 32, 32)
+
+    def run() -> tuple[Tensor, list[Tensor]]:
+        y = task.logits(task.parameters(leaves), x)
+        gradients = torch.autograd.grad(y.square().sum(), list(leaves.values()), allow_unused=True)
+        return y, [g for g in gradients if g is not None]
+
+    folded, ours = run()
+    task.fixed = {name: unfold(value) for name, value in task.fixed.items()}
+    monkeypatch.setattr("timm_ghn.training.task.fold", tile)
+    whole, theirs = run()
+    torch.testing.assert_close(folded, whole, atol=1e-4, rtol=1e-3)
+    scale = max(g.norm() for g in theirs)
+    assert len(ours) == len(theirs)
+    assert all((a - b).norm() < 1e-3 * scale for a, b in zip(ours, theirs, strict=True))
