@@ -72,9 +72,8 @@ def main() -> None:
         row["floor"] = row["bytes"] / bandwidth
     result = {
         "machine": machine(),
-        "load": os.getloadavg(),
+        "load": os.getloadavg(),  # of a machine of which one processor was needed
         "threads": 1,
-        "note": "seconds are by the clock, on a machine that was busy with other work; see load",
         "bandwidth": bandwidth,
         "summary": {
             clock: {
