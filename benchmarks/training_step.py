@@ -2,8 +2,9 @@
 
 The plain one builds every network with its random weights, traces it and trains on it once; passes messages edge by
 edge and node by node (`timm_ghn.ops.reference`); decodes the largest kernel for every node and cuts it; and computes
-in float32. Ours builds networks without memory, uses each as often as the training's default, and runs it in bfloat16
-where the device is faster with it. What the GHN predicts is the same, and so is the work: as many images for each.
+all copies of tiled parameters, in float32. Ours builds networks without memory, uses each as often as the training's
+default, computes copies once (`timm_ghn.training.folding`, on the CPU), and in bfloat16 where the device is faster with
+it. What the GHN predicts is the same, and so is the work: as many images for each.
 
 Times are those of one architecture in one step, the mean over all. On the CPU one thread computes, and its own time
 counts, so that a busy machine does not matter. Building and tracing count, although worker processes do most of it.
@@ -36,6 +37,7 @@ from timm_ghn.ops.reference import gated_gnn_reference
 from timm_ghn.training.architectures import Architecture, architecture
 from timm_ghn.training.command import has_bf16
 from timm_ghn.training.config import TrainConfig
+from timm_ghn.training.folding import unfold
 from timm_ghn.training.task import Prepared, Task, prepare
 from timm_ghn.training.trainer import new_ghn
 
@@ -102,7 +104,7 @@ def prepare_timed(found: Architecture, plain: bool, clock: Clock) -> Task:
 
 def train(
     ghn: GHN, tasks: list[Task], batches: list[tuple[Tensor, Tensor]], optimizer: torch.optim.Optimizer, bf16: bool,
-    clock: Clock,
+    plain: bool, clock: Clock,
 ) -> None:  # fmt: skip
     """One step, as in `Trainer.train_step`, with a clock."""
     optimizer.zero_grad()
@@ -112,7 +114,10 @@ def train(
     for task, tiles, (images, labels) in zip(tasks, predicted, batches, strict=True):
         with clock.stage("network forward and backward"):
             leaves = {name: tile.detach().requires_grad_() for name, tile in tiles.items() if name in task.shapes}
-            loss = F.cross_entropy(task.logits(task.parameters(leaves), images, bf16), labels)
+            parameters = task.parameters(leaves)
+            if plain:
+                parameters = {name: unfold(parameter) for name, parameter in parameters.items()}
+            loss = F.cross_entropy(task.logits(parameters, images, bf16), labels)
             (loss / len(tasks)).backward()
         used = [name for name, leaf in leaves.items() if leaf.grad is not None and tiles[name].requires_grad]
         outputs += [tiles[name] for name in used]
@@ -145,7 +150,7 @@ def measure(found: list[Architecture], plain: bool, device: str, meta_batch: int
     for clock in (Clock(device), steps):  # the first time, convolutions are compiled
         for start in range(0, len(tasks), meta_batch):
             group = tasks[start : start + meta_batch]
-            train(ghn, group, batches[: len(group)], optimizer, bf16, clock)
+            train(ghn, group, batches[: len(group)], optimizer, bf16, plain, clock)
     uses = 1 if plain else TrainConfig(ghn.config).uses
     return {stage: (preparing.seconds[stage] / uses + steps.seconds[stage]) / len(tasks) for stage in STAGES}
 
