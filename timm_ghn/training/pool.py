@@ -146,7 +146,11 @@ class TaskPool:
             worker_init_fn=_ignore_interrupts,
             generator=torch.Generator(),  # otherwise it would draw from the caller's
         )
-        self._prepared = zip(self._order(), loader, strict=True)
+        self._prepared: Iterator[tuple[tuple[int, int], Prepared]] = zip(self._order(), loader, strict=True)
+
+    def close(self) -> None:
+        """Ends the worker processes at once; garbage collection would do so at some time."""
+        self._prepared = iter(())
 
     def _order(self) -> Iterator[tuple[int, int]]:
         """Every key once, by the step that needs it first."""

@@ -261,7 +261,11 @@ class Trainer:
         first_step, first_progress = self.step, self.progress
         recent: list[dict[str, float]] = []
         row_started = started
-        with _orderly_stop(self), _own_random_state(self.device), self._log() as log, self._display() as show:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.closing(pool))
+            stack.enter_context(_orderly_stop(self))
+            stack.enter_context(_own_random_state(self.device))
+            log, show = stack.enter_context(self._log()), stack.enter_context(self._display())
             while True:
                 result = self.train_step(pool.tasks(self.step), time.monotonic() - started)
                 recent.append(result)
