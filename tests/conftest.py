@@ -51,6 +51,15 @@ def ghn_file(save_ghn: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     return save_ghn(tmp_path_factory.mktemp("ghn") / "random.safetensors")
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Small networks are slower on several threads, and sums come out in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def tags() -> Iterator[None]:
     """Forgets the tags that a test registers."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,15 +16,9 @@ from timm_ghn.evaluation import Measured, accuracy, calibrate, create_model, ran
 from timm_ghn.hub import load_ghn
 from timm_ghn.training.data import ImageDataset
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,14 +15,7 @@ from timm_ghn.training.architectures import SPLITS, architecture
 from timm_ghn.training.folding import Folded, fold, fold_constant, unfold
 from timm_ghn.training.task import Task, prepare
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Parts of 4 channels, in wholes of 8 and of 11.
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {

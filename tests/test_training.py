@@ -10,7 +10,6 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,8 @@ from timm_ghn.training.folding import unfold
 from timm_ghn.training.pool import Schedule, Share, TaskPool
 from timm_ghn.training.task import Task, prepare
 from timm_ghn.training.trainer import Trainer, new_ghn
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZE = 16
 CONFIG = TrainConfig(
@@ -63,14 +64,6 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
     """All tensors of a run's checkpoint."""
     tensors, _ = load_checkpoint(directory / "checkpoints")
     return {f"{part}/{name}": value for part, values in tensors.items() for name, value in values.items()}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
