@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .errors import PredictionError
+from .finetune import check_preparation, prepare
 from .graph import ComputationGraph, trace
 
 if TYPE_CHECKING:
@@ -57,10 +58,17 @@ class Prediction(Mapping[str, torch.Tensor]):
     Only the tiles are held; a full tensor is made when it is asked for.
     """
 
-    def __init__(self, tiles: dict[str, torch.Tensor], shapes: dict[str, torch.Size], report: Report):
+    def __init__(
+        self, tiles: dict[str, torch.Tensor], shapes: dict[str, torch.Size], report: Report, graph: ComputationGraph
+    ):
         self.tiles = tiles
         self.shapes = shapes
         self.report = report
+        self.graph = graph
+
+    def replaced(self, tensors: Mapping[str, torch.Tensor]) -> Prediction:
+        """The same with other values for some parameters."""
+        return Prediction({**self.tiles, **tensors}, self.shapes, self.report, self.graph)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return tile(self.tiles[name], self.shapes[name])
@@ -110,6 +118,7 @@ def predict(
     ghn: str | GHN = "ghn2",
     head: str = "auto",
     input_size: int | tuple[int, ...] | None = None,
+    finetune: str | None = None,
 ) -> Prediction:
     """Predicts a model's parameters without touching the model.
 
@@ -120,6 +129,8 @@ def predict(
         head: ``"auto"`` predicts the classification layer if its classes are the checkpoint's; ``"predict"`` forces it
             (class rows are repeated or cut), ``"keep"`` leaves it to the model.
         input_size: Input size without the batch dimension.
+        finetune: How to prepare the weights for training, see `timm_ghn.finetune.prepare`; None leaves them as they
+            are predicted.
 
     Raises:
         TraceError: If the model cannot be traced.
@@ -127,6 +138,7 @@ def predict(
         CheckpointError: If the GHN cannot be loaded.
     """
     check_head(head)
+    check_preparation(finetune)
     started = time.perf_counter()
     if isinstance(ghn, str):
         from .hub import load_ghn
@@ -141,7 +153,7 @@ def predict(
         "trace": traced - loaded,
         "predict": time.perf_counter() - traced,
     }
-    return prediction
+    return prediction if finetune is None else prepare(model, prediction, finetune, input_size)
 
 
 def check_head(head: str) -> None:
@@ -175,7 +187,7 @@ def predict_from_graph(
         kept={name: kept[name] for name in parameters if name in kept},
         predicted_fraction=sum(sizes[name] for name in tiles) / max(1, sum(sizes.values())),
     )
-    return Prediction(tiles, {name: parameters[name].shape for name in tiles}, report)
+    return Prediction(tiles, {name: parameters[name].shape for name in tiles}, report, graph)
 
 
 def _check(name: str, tensor: torch.Tensor, parameter: nn.Parameter) -> None:
@@ -193,12 +205,13 @@ def initialize(
     ghn: str | GHN = "ghn2",
     head: str = "auto",
     input_size: int | tuple[int, ...] | None = None,
+    finetune: str | None = None,
 ) -> Report:
     """Predicts a model's parameters and writes them in place: all or, if anything is wrong, none.
 
     Device, dtype, mode and buffers of the model stay as they are. Arguments and errors are those of `predict`.
     """
-    prediction = predict(model, ghn, head, input_size)
+    prediction = predict(model, ghn, head, input_size, finetune)
     write(model, prediction)
     return prediction.report
 

@@ -18,6 +18,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .assign import Prediction, Report, check_head, predict_from_graph, write
+from .finetune import check_preparation, prepare
 from .graph import ComputationGraph, cache, trace
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ def create_predicted(
     ghn: GHN,
     head: str = "auto",
     input_size: int | tuple[int, ...] | None = None,
+    finetune: str | None = None,
     key: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, Report]:
     """Builds a model and predicts its parameters, in less time than filling them at random would take.
@@ -128,12 +130,16 @@ def create_predicted(
         ghn: What predicts.
         head: As for `timm_ghn.predict`.
         input_size: As for `timm_ghn.predict`.
+        finetune: As for `timm_ghn.predict`.
         key: All that decides what `build` makes; its graph then comes from the cache if it was traced before.
 
     Returns:
         The model and the report of its prediction. If anything goes wrong there is no model, only the error.
     """
+    check_preparation(finetune)
     model, prediction = build_unwritten(build, ghn, head, input_size, key)
+    if finetune is not None:
+        prediction = prepare(model, prediction, finetune, input_size)
     write(model, prediction)
     return model, prediction.report
 

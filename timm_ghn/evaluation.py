@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -230,13 +231,16 @@ def _copier(model: nn.Module) -> Callable[[], nn.Module]:
     return lambda: copy.deepcopy(model)
 
 
-def create_model(name: str, num_classes: int, image_size: int) -> nn.Module:
-    """A timm model with random weights for images of a size; those with a table of positions are told the size."""
+def create_model(name: str, num_classes: int, image_size: int, **options: Any) -> nn.Module:
+    """A timm model for images of a size; those with a table of positions are told the size.
+
+    Its weights are random unless the `options`, which are timm's, say otherwise.
+    """
     model: nn.Module
     try:
-        model = timm.create_model(name, num_classes=num_classes, img_size=image_size)
+        model = timm.create_model(name, num_classes=num_classes, img_size=image_size, **options)
     except TypeError:  # there is no such argument: any size will do
-        model = timm.create_model(name, num_classes=num_classes)
+        model = timm.create_model(name, num_classes=num_classes, **options)
     return model
 
 
