@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from timm_ghn import GHN, GHNConfig, PredictionError, TraceError, initialize, load_ghn, predict
+from timm_ghn import GHN, PredictionError, TraceError, initialize, load_ghn, predict
 from timm_ghn.assign import tile, tile_into
 
 
@@ -137,20 +138,51 @@ def test_an_unknown_head_policy_is_refused(ghn: GHN) -> None:
         predict(nn.Linear(3, 3), ghn, head="maybe", input_size=(3,))
 
 
-# ---- branch scales --------------------------------------------------------------------------------------------------
+# ---- constants ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["convnext_atto", "dm_nfnet_f0", "poolformer_s12"])
-def test_branch_scales_take_the_value_the_ghn_was_trained_with(name: str, ghn: GHN) -> None:
+@pytest.mark.parametrize(
+    ("name", "field", "reason"),
+    [
+        ("convnext_atto", "branch_scale", "scale of a residual branch"),
+        ("dm_nfnet_f0", "branch_scale", "scale of a residual branch"),
+        ("poolformer_s12", "branch_scale", "scale of a residual branch"),
+        ("rdnet_tiny", "branch_scale", "scale of a residual branch"),  # of a dense connection
+        ("beit_base_patch16_224", "position_bias", "relative position bias"),
+        ("coatnet_nano_rw_224", "position_bias", "relative position bias"),
+        ("efficientformerv2_s0", "position_bias", "relative position bias"),  # before talking heads
+        ("gcvit_xxtiny", "position_bias", "relative position bias"),
+        ("levit_128s", "position_bias", "relative position bias"),
+        ("maxvit_tiny_tf_224", "position_bias", "relative position bias"),  # through matrices, not indices
+        ("swin_tiny_patch4_window7_224", "position_bias", "relative position bias"),
+        ("tiny_vit_5m_224", "position_bias", "relative position bias"),
+    ],
+)
+def test_constants_take_the_value_the_ghn_was_trained_with(name: str, field: str, reason: str, ghn: GHN) -> None:
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=10)
     kept = predict(model, ghn).report.kept
-    scales = [key for key, reason in kept.items() if reason == "scale of a residual branch"]
-    assert scales
-    trained = GHN(GHNConfig.from_dict({**ghn.config.to_dict(), "branch_scale": 0.5}))
-    prediction = predict(model, trained)
-    assert all((prediction[key] == 0.5).all() for key in scales)
-    assert not kept.keys() - prediction.report.kept.keys() - set(scales)
+    constants = {key for key in kept if kept[key] == reason}
+    assert constants
+    prediction = predict(model, GHN(dataclasses.replace(ghn.config, **{field: 0.5})))
+    assert all((prediction[key] == 0.5).all() for key in constants)
+    assert kept.keys() - prediction.report.kept.keys() == constants
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "swinv2_tiny_window8_256",  # temperatures of logits that a bias is added to
+        "halonet26t",  # tables that queries are multiplied with
+        "hgnetv2_b0",  # affine layers
+    ],
+)
+def test_what_only_looks_like_a_constant_is_left_alone(name: str, ghn: GHN) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=10)
+    kept = predict(model, ghn).report.kept
+    trained = GHN(dataclasses.replace(ghn.config, branch_scale=0.5, position_bias=0.5))
+    assert predict(model, trained).report.kept == kept
 
 
 # ---- all or nothing -------------------------------------------------------------------------------------------------

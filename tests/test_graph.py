@@ -108,7 +108,11 @@ def test_a_position_embedding_may_be_a_grid_or_added_in_place(name: str) -> None
 def test_a_relative_position_table_is_no_encoding() -> None:
     graph = trace(build("swin_tiny_patch4_window7_224"))
     assert "pos_enc" not in graph.ops
-    assert set(graph.kept.values()) == {"relative position table"}
+    assert set(graph.kept.values()) == {"relative position bias"}
+
+
+def test_a_shift_of_logits_that_is_the_same_for_all_keys_is_no_position_bias() -> None:
+    assert "relative position bias" not in trace(build("efficientvim_m1")).kept.values()
 
 
 def test_separate_biases_of_one_projection_each_get_a_node() -> None:

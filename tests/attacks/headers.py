@@ -82,6 +82,8 @@ def headers() -> dict[str, bytes]:
         "config with code": configured(hypernet="__import__('os').system('true')"),
         "config with infinite scale": configured(branch_scale=float("inf")),
         "config with a word for a scale": configured(branch_scale="1"),
+        "config with a bias that is not a number": configured(position_bias=float("nan")),
+        "config with a list for a bias": configured(position_bias=[0.0]),
     }  # fmt: skip
 
 

@@ -21,6 +21,9 @@ PARAMETER_PRIMITIVES = WEIGHT_PRIMITIVES | NORM_PRIMITIVES | {"bias", "pos_enc"}
 BRANCH_SCALE = "scale of a residual branch"
 """Why a layer scale or skip-init gain has no node; a GHN may have been trained with a value for it."""
 
+POSITION_BIAS = "relative position bias"
+"""Why a table that is added to attention's logits has no node; likewise."""
+
 
 @dataclass(frozen=True)
 class ComputationGraph:

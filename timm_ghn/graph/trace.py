@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import TraceError
-from .computation_graph import BRANCH_SCALE, NORM_PRIMITIVES, WEIGHT_PRIMITIVES, ComputationGraph
+from .computation_graph import BRANCH_SCALE, NORM_PRIMITIVES, POSITION_BIAS, WEIGHT_PRIMITIVES, ComputationGraph
 from .shortest_paths import with_virtual_edges
 from .tape import Function, Size, input_candidates, meta_copy, record, run_on_meta
 
@@ -90,7 +90,7 @@ class _Tracer:
         self.edges: set[tuple[int, int]] = set()
         self.node_of: dict[str, int] = {}  # parameter name -> node
         self.kept = dict.fromkeys(frozen, "frozen (requires_grad=False)")
-        self.branch_scales: list[str] = []
+        self.roles: dict[str, str] = {}  # parameter name -> what it is if it gets no node
 
         # Per function: its frontier if it carries data (None otherwise), the parameters it is made of if it does not,
         # and the attention node whose weights it carries to the product with the values.
@@ -135,9 +135,13 @@ class _Tracer:
         reached = [softmax]
         while reached:
             index = reached.pop()
-            if index not in self.is_logit and self.tape[index].op not in _WEIGHTED:
+            function = self.tape[index]
+            sources = [source for source in function.inputs if source is not None]
+            # A convolution from logits to logits mixes heads; they were added to before.
+            mixes = function.op == "Convolution" and function.shape == self.tape[sources[0]].shape
+            if index not in self.is_logit and (mixes or function.op not in _WEIGHTED):
                 self.is_logit.add(index)
-                reached.extend(source for source in self.tape[index].inputs if source is not None)
+                reached.extend(sources)
 
     def _find_gates(self) -> None:
         """Finds squeeze-excite: a product with a factor that was averaged over the positions it now scales."""
@@ -255,8 +259,10 @@ class _Tracer:
             return reach if index in self.squeezes else self._op_node("glob_avg", function, reach)
         if op in ("Add", "CopySlices") and parameters:  # the latter is an addition in place, into a part of a tensor
             return self._added_parameter(index, function, parameters, reach)
-        if op == "Mul" and parameters and self._joins_a_residual(index):
-            self.branch_scales += [name for name in parameters if _varied_dims(self.parameters[name]) <= 1]
+        # A temperature of logits that a position bias is added to is no branch's.
+        if op == "Mul" and parameters and index not in self.is_logit and self._joins_others(index):
+            scales = [name for name in parameters if _varied_dims(self.parameters[name]) <= 1]
+            self.roles.update(dict.fromkeys(scales, BRANCH_SCALE))
         if len(reach) > 1 and (op in ("Add", "Sub") or op in _CONCAT) and len(data) > 1:
             return self._op_node("concat" if op in _CONCAT else "sum", function, reach)
         if index in self.gate_slot and len(reach) > 1 and self._gate_is_seen(index):
@@ -282,9 +288,12 @@ class _Tracer:
             behind = {self.node_of.get(sibling) for sibling in self._siblings(name)} & reach
             if len(behind) == len(reach) == 1 and _varied_dims(parameter) <= 1:
                 reach = self._parameter_node(name, "bias", reach)
+            elif index in self.is_logit:
+                operands = [i for i in function.inputs if i is not None and name in self.sources[i]]
+                if any(self.tape[i].shape[-1:] > (1,) for i in operands):  # it differs from key to key
+                    self.roles[name] = POSITION_BIAS
             elif (
-                index not in self.is_logit
-                and name not in self.node_of
+                name not in self.node_of
                 and name not in self.kept
                 and _is_position_embedding(name, parameter, function.shape)
             ):
@@ -292,16 +301,19 @@ class _Tracer:
                 reach = self._op_node("sum", function, reach | {self.node_of[name]})
         return reach
 
-    def _joins_a_residual(self, index: int) -> bool:
-        """Whether a scaled branch goes straight into a sum: layer scale, skip-init gain."""
+    def _joins_others(self, index: int) -> bool:
+        """Whether a scaled branch goes straight into a sum or concatenation: layer scale, skip-init gain."""
         while len(self.readers[index]) == 1:
             (index,) = self.readers[index]
             function = self.tape[index]
-            if function.op == "Add":
-                return None not in function.inputs
+            if function.op == "Add":  # of a parameter: the scale and it are an affine layer
+                return all(source is not None and self.leaf_names[source] is None for source in function.inputs)
+            if function.op in _CONCAT:
+                return True
             if sum(source is not None for source in function.inputs) > 1:
                 return False
-        return False
+        readers = self.readers[index]
+        return bool(readers) and all(self.tape[reader].op in _CONCAT for reader in readers)
 
     def _gate_is_seen(self, index: int) -> bool:
         """Whether the published code sees this gate, which its checkpoints were trained with.
@@ -380,10 +392,8 @@ class _Tracer:
                 continue
             if name not in reached:
                 self.kept[name] = "not used by the forward pass"
-            elif name in self.branch_scales:
-                self.kept[name] = BRANCH_SCALE
             else:
-                self.kept[name] = _kept_reason(name, parameter)
+                self.kept[name] = self.roles.get(name) or _kept_reason(name, parameter)
 
     def _head(self) -> tuple[str, ...]:
         """The classification layer: the last weight before a single [batch, classes] output, then its bias."""

@@ -42,6 +42,8 @@ class GHNConfig:
         branch_scale: Value of residual-branch scales (layer scale, skip-init gain) that the GHN was trained with. Inits
             such as 1e-6 switch branches off until training switches them on, and with them what was predicted for the
             branch. None, as in the published checkpoints, leaves them as they are.
+        position_bias: Likewise, value of the relative-position tables that are added to attention's logits. 0 prefers
+            no position, which is also the mean of timm's inits.
     """
 
     num_classes: int
@@ -56,6 +58,7 @@ class GHNConfig:
     layers: int = 1
     rank: int = 32
     branch_scale: float | None = None
+    position_bias: float | None = None
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
@@ -76,8 +79,10 @@ class GHNConfig:
                 f"GHN config: with decoder=lowrank, max_shape={self.max_shape} must be as wide as the widest layer, of "
                 f"which num_classes={self.num_classes} is one."
             )
-        if self.branch_scale is not None and not math.isfinite(self.branch_scale):
-            raise ValueError(f"GHN config: branch_scale is {short(self.branch_scale)}; it must be finite.")
+        for name in ("branch_scale", "position_bias"):
+            value = getattr(self, name)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"GHN config: {name} is {short(value)}; it must be finite.")
 
     @property
     def max_channels(self) -> int:

@@ -16,7 +16,14 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from ..graph.computation_graph import BRANCH_SCALE, NORM_PRIMITIVES, PARAMETER_PRIMITIVES, PRIMITIVES, ComputationGraph
+from ..graph.computation_graph import (
+    BRANCH_SCALE,
+    NORM_PRIMITIVES,
+    PARAMETER_PRIMITIVES,
+    POSITION_BIAS,
+    PRIMITIVES,
+    ComputationGraph,
+)
 from .config import GHNConfig
 from .decoder import DECODERS
 from .encoder import Shape4d, ShapeEncoder, is_grid_of_channels, shape_to_4d
@@ -140,7 +147,7 @@ class GHN(
         def states(nodes: list[tuple[int, int]]) -> torch.Tensor:
             return x[torch.tensor([starts[g] + node for g, node in nodes], device=x.device)]
 
-        predicted = [self._branch_scales(graph) for graph in graphs]
+        predicted = [self._constants(graph) for graph in graphs]
         if vectors:
             weights, biases = self._vectors(states(vectors))
             for (g, node), weight, bias in zip(vectors, weights.unbind(), biases.unbind(), strict=True):
@@ -169,11 +176,11 @@ class GHN(
                 predicted[g][graphs[g].names[node]] = self._normalised_kernel(weight, shape)
         return predicted
 
-    def _branch_scales(self, graph: ComputationGraph) -> dict[str, torch.Tensor]:
-        if self.config.branch_scale is None:
-            return {}
-        value = self.embed.weight.new_tensor(self.config.branch_scale)
-        return {name: value for name, reason in graph.kept.items() if reason == BRANCH_SCALE}
+    def _constants(self, graph: ComputationGraph) -> dict[str, torch.Tensor]:
+        """Parameters without a node that all had one value while the GHN was trained."""
+        trained = {BRANCH_SCALE: self.config.branch_scale, POSITION_BIAS: self.config.position_bias}
+        values = {role: self.embed.weight.new_tensor(value) for role, value in trained.items() if value is not None}
+        return {name: values[reason] for name, reason in graph.kept.items() if reason in values}
 
     def _vectors(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         weights, biases = self.decoder_1d(x).view(-1, 2, self.config.max_channels).unbind(1)
