@@ -153,7 +153,7 @@ def predict(
         "trace": traced - loaded,
         "predict": time.perf_counter() - traced,
     }
-    return prediction if finetune is None else prepare(model, prediction, finetune, input_size)
+    return prediction if finetune is None else prepare(model, prediction, finetune)
 
 
 def check_head(head: str) -> None:

@@ -139,7 +139,7 @@ def create_predicted(
     check_preparation(finetune)
     model, prediction = build_unwritten(build, ghn, head, input_size, key)
     if finetune is not None:
-        prediction = prepare(model, prediction, finetune, input_size)
+        prediction = prepare(model, prediction, finetune)
     write(model, prediction)
     return model, prediction.report
 
