@@ -115,6 +115,17 @@ def test_a_shift_of_logits_that_is_the_same_for_all_keys_is_no_position_bias() -
     assert "relative position bias" not in trace(build("efficientvim_m1")).kept.values()
 
 
+def test_a_model_may_switch_autocast_off_for_its_device() -> None:
+    class Precise(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast(x.device.type, enabled=False), torch.amp.autocast(device_type=x.device.type):
+                return super().forward(x)
+
+    autocast = torch.autocast
+    assert trace(Precise(3, 4), (3,)).names == ["input", "weight", "bias"]
+    assert torch.autocast is torch.amp.autocast is autocast
+
+
 def test_separate_biases_of_one_projection_each_get_a_node() -> None:
     graph = trace(build("beit_base_patch16_224"))
     nodes = [graph.names.index(f"blocks.0.attn.{name}") for name in ("qkv.weight", "q_bias", "v_bias")]

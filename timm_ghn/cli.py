@@ -173,10 +173,14 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _add_zoo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = commands.add_parser("zoo", help="trace and predict every architecture of timm, and sum up the result")
+    parser = commands.add_parser("zoo", help="trace, predict and run every architecture of timm, and sum up the result")
     parser.add_argument("filter", nargs="*", help="names or wildcards; all architectures if none is given")
     parser.add_argument("--ghn", default="ghn2", help="tag, directory, .safetensors file or hf-hub:org/repo@revision")
     parser.add_argument("--workers", type=int, default=1, help="processes to use (default: %(default)s)")
+    parser.add_argument(
+        "--images", metavar="DATA",
+        help="also run each model on two images of a parquet file, a folder, torch/cifar10 or hfds/uoft-cs/cifar10",
+    )  # fmt: skip
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("zoo"), metavar="DIR",
         help="where zoo.jsonl, zoo.json and zoo.md go; a sweep that was stopped goes on (default: %(default)s)",
@@ -188,7 +192,7 @@ def _zoo(args: argparse.Namespace) -> None:
     from . import zoo
 
     names = timm.list_models(args.filter or "")
-    found = zoo.sweep(names, args.ghn, args.output / "zoo.jsonl", args.workers)
+    found = zoo.sweep(names, args.ghn, args.output / "zoo.jsonl", args.workers, args.images)
     summary = zoo.summarise(track(found, "examining", len(names), console=console))
     (args.output / "zoo.json").write_text(json.dumps(summary, indent=1) + "\n")
     (args.output / "zoo.md").write_text(zoo.markdown(summary))
@@ -200,6 +204,8 @@ def _zoo(args: argparse.Namespace) -> None:
     console.print(table)
     for name, row in summary["exceptions"].items():
         console.print(f"{name}: {row['predicted_fraction']:.2%}; kept: {', '.join(row['kept'])}", highlight=False)
+    for name, finding in summary["outputs"].items():
+        console.print(f"{name}: output {finding}", highlight=False, markup=False)
     if summary["failed"]:
         name, error = next(iter(summary["failed"].items()))
         raise GHNError(f"{len(summary['failed'])} architectures failed, the first of them {name} ({error}).")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -118,9 +120,31 @@ def input_candidates(model: nn.Module, input_size: int | Size | None) -> Iterato
 def run_on_meta(model: nn.Module, size: Size) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Runs a meta model on one sample of `size`; returns the input leaf and all outputs that have a graph."""
     leaf = torch.empty(1, *size, device="meta", requires_grad=True)
-    with torch.enable_grad(), _QuickShapes():
+    with torch.enable_grad(), _autocast_on_meta(), _QuickShapes():
         outputs = model(leaf.clone())  # a clone, since some models work in place and a leaf must not be changed
-    return leaf, [tensor for tensor in _tensors(outputs) if tensor.grad_fn is not None]
+    return leaf, [tensor for tensor in output_tensors(outputs) if tensor.grad_fn is not None]
+
+
+class _Autocast(torch.autocast):
+    """For the meta device, which autocast does not know, that of the CPU: it does nothing to meta tensors."""
+
+    def __init__(self, device_type: str, *args: Any, **kwargs: Any):
+        super().__init__("cpu" if device_type == "meta" else device_type, *args, **kwargs)
+
+
+@contextmanager
+def _autocast_on_meta() -> Iterator[None]:
+    """Lets models switch autocast off for their tensors' device, as many do around what needs full precision."""
+    with _autocast_lock:
+        original = torch.autocast
+        torch.autocast = torch.amp.autocast = _Autocast  # type: ignore[misc]
+        try:
+            yield
+        finally:
+            torch.autocast = torch.amp.autocast = original  # type: ignore[misc]
+
+
+_autocast_lock = threading.RLock()
 
 
 class _QuickShapes(TorchDispatchMode):
@@ -180,16 +204,17 @@ _QUICK: dict[Any, Callable[..., Any]] = {
 }
 
 
-def _tensors(outputs: Any) -> Iterator[torch.Tensor]:
+def output_tensors(outputs: Any) -> Iterator[torch.Tensor]:
+    """The tensors in what a model returned, whatever they are wrapped in."""
     if isinstance(outputs, torch.Tensor):
         yield outputs
     elif isinstance(outputs, dict):
-        yield from _tensors(tuple(outputs.values()))
+        yield from output_tensors(tuple(outputs.values()))
     elif isinstance(outputs, (tuple, list)):
         for output in outputs:
-            yield from _tensors(output)
+            yield from output_tensors(output)
     elif hasattr(outputs, "__dict__"):
-        yield from _tensors(tuple(vars(outputs).values()))
+        yield from output_tensors(tuple(vars(outputs).values()))
 
 
 class Function:
