@@ -19,7 +19,7 @@ PARAMETER_PRIMITIVES = WEIGHT_PRIMITIVES | NORM_PRIMITIVES | {"bias", "pos_enc"}
 """Primitives whose nodes are named by a parameter of the model; the others are named by the op that made them."""
 
 BRANCH_SCALE = "scale of a residual branch"
-"""Why a layer scale or skip-init gain has no node; a GHN may have been trained with a value for it."""
+"""Why a layer scale has no node; a GHN may have been trained with a value for it."""
 
 POSITION_BIAS = "relative position bias"
 """Why a table that is added to attention's logits has no node; likewise."""

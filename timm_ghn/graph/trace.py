@@ -261,7 +261,8 @@ class _Tracer:
             return self._added_parameter(index, function, parameters, reach)
         # A temperature of logits that a position bias is added to is no branch's.
         if op == "Mul" and parameters and index not in self.is_logit and self._joins_others(index):
-            scales = [name for name in parameters if _varied_dims(self.parameters[name]) <= 1]
+            # A single number is the gain of a network without norms, where no branch may be as strong as its input.
+            scales = [name for name in parameters if _varied_dims(self.parameters[name]) == 1]
             self.roles.update(dict.fromkeys(scales, BRANCH_SCALE))
         if len(reach) > 1 and (op in ("Add", "Sub") or op in _CONCAT) and len(data) > 1:
             return self._op_node("concat" if op in _CONCAT else "sum", function, reach)
@@ -302,7 +303,7 @@ class _Tracer:
         return reach
 
     def _joins_others(self, index: int) -> bool:
-        """Whether a scaled branch goes straight into a sum or concatenation: layer scale, skip-init gain."""
+        """Whether a scaled branch goes straight into a sum or concatenation."""
         while len(self.readers[index]) == 1:
             (index,) = self.readers[index]
             function = self.tape[index]
