@@ -58,7 +58,7 @@ def prepare(model: nn.Module, prediction: Prediction, name: str) -> Prediction:
             if name == "conditioned":
                 shaped, scale = _with_singular_values(matrices, _lifted), _rms(weight)
             else:
-                shaped, scale = _with_singular_values(matrices, torch.ones_like), math.sqrt(2 / weight[0].numel())
+                shaped, scale = _with_singular_values(matrices, torch.ones_like), _he(weight)
             changed[node] = (shaped * (scale / _rms(shaped))).to(weight.dtype).view_as(weight)
     return prediction.replaced(changed)
 
@@ -82,5 +82,10 @@ def _with_singular_values(matrices: Tensor, change: Callable[[Tensor], Tensor]) 
     return changed.mT if tall else changed
 
 
-def _rms(tensor: Tensor) -> Tensor:
-    return tensor.double().square().mean().sqrt()
+def _rms(tensor: Tensor) -> float:
+    return tensor.double().square().mean().sqrt().item()
+
+
+def _he(weight: Tensor) -> float:
+    """He's standard deviation for a weight."""
+    return math.sqrt(2 / weight[0].numel())
