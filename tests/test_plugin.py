@@ -116,6 +116,8 @@ def test_ghn_kwargs_reach_initialize(head: str) -> None:
 def test_ghn_kwargs_are_checked() -> None:
     with pytest.raises(ValueError, match="head is 'nonsense'"):
         create_model(MODEL, pretrained_cfg=TAG, ghn_kwargs={"head": "nonsense"})
+    with pytest.raises(TypeError, match=r"ghn_kwargs is .*, not a dictionary"):
+        create_model(MODEL, pretrained_cfg=TAG, ghn_kwargs="{head: keep}")
     with pytest.raises(TypeError, match="ghn_kwargs"):
         create_model(MODEL, ghn_kwargs={})  # timm's own answer
 

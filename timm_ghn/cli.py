@@ -26,6 +26,7 @@ from .creation import create_predicted
 from .errors import GHNError
 from .evaluation import accuracy, calibrate
 from .hub import hub_configs, list_ghns, load_ghn, resolve
+from .launch import launch
 from .publish import publish
 from .verify import ARCHITECTURES, verify
 
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for add in (
         _add_list, _add_create, _add_predict, _add_demo, _add_zoo, _add_train, _add_evaluate, _add_convert, _add_verify,
-        _add_publish,
+        _add_publish, _add_run,
     ):  # fmt: skip
         add(commands)
     args = parser.parse_args(argv)
@@ -276,5 +277,13 @@ def _publish(args: argparse.Namespace) -> None:
         console.print("Nothing was sent; --upload sends it.")
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("run", help="run a Python script, such as timm's train.py, with the hook in timm")
+    parser.add_argument("-m", dest="module", action="store_true", help="run a module instead, as python -m does")
+    parser.add_argument("script", help="a script's file; with -m, a module's name")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="all that follows is for the script, options too")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> None:
+    launch(args.script, args.arguments, args.module)

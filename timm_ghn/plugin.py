@@ -211,6 +211,11 @@ def _model_entrypoint(model_name: str, *args: Any, **kwargs: Any) -> Callable[..
         # create_model notes its arguments on the model for export; a model loaded from that must not need this one.
         recorded.pop("ghn_kwargs", None)
         ghn_kwargs = kwargs.pop("ghn_kwargs", None) or {}
+        if not isinstance(ghn_kwargs, dict):  # timm's scripts pass on as text what they cannot read
+            raise TypeError(
+                f"ghn_kwargs is {ghn_kwargs!r}, not a dictionary; on the command line of a timm script, write"
+                """ --model-kwargs "ghn_kwargs={'head': 'keep'}", quotes included."""
+            )
         if isinstance(pretrained_cfg, str):
             asked = pretrained or not isinstance(pretrained_cfg, _NameTag)
             pretrained_cfg = None
