@@ -174,7 +174,8 @@ def test_constants_take_the_value_the_ghn_was_trained_with(name: str, field: str
         "swinv2_tiny_window8_256",  # temperatures of logits that a bias is added to
         "halonet26t",  # tables that queries are multiplied with
         "hgnetv2_b0",  # affine layers
-        "dm_nfnet_f0",  # skip-init gains
+        "dm_nfnet_f0",  # branches of a network without norms
+        "resmlp_12_224",
     ],
 )
 def test_what_only_looks_like_a_constant_is_left_alone(name: str, ghn: GHN) -> None:

@@ -261,8 +261,7 @@ class _Tracer:
             return self._added_parameter(index, function, parameters, reach)
         # A temperature of logits that a position bias is added to is no branch's.
         if op == "Mul" and parameters and index not in self.is_logit and self._joins_others(index):
-            # A single number is the gain of a network without norms, where no branch may be as strong as its input.
-            scales = [name for name in parameters if _varied_dims(self.parameters[name]) == 1]
+            scales = [name for name in parameters if _varied_dims(self.parameters[name]) <= 1]
             self.roles.update(dict.fromkeys(scales, BRANCH_SCALE))
         if len(reach) > 1 and (op in ("Add", "Sub") or op in _CONCAT) and len(data) > 1:
             return self._op_node("concat" if op in _CONCAT else "sum", function, reach)
@@ -385,6 +384,8 @@ class _Tracer:
     def _explain_the_rest(self) -> None:
         """Gives every parameter without a node its reason; a norm's bias is predicted with the norm's weight."""
         reached = {name for name in self.leaf_names if name is not None}
+        if NORM_PRIMITIVES.isdisjoint(self.ops):  # branches as strong as their input would add up to infinity
+            self.roles = {name: role for name, role in self.roles.items() if role != BRANCH_SCALE}
         for name, parameter in self.parameters.items():
             if name in self.node_of or name in self.kept:
                 continue

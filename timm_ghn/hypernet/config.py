@@ -41,7 +41,7 @@ class GHNConfig:
         rank: Rank of the low-rank decoder's matrices.
         branch_scale: Value of residual-branch scales (layer scale) that the GHN was trained with. Inits such as 1e-6
             switch branches off until training switches them on, and with them what was predicted for the branch. None,
-            as in the published checkpoints, leaves them as they are.
+            as in the published checkpoints, leaves them as they are; so do networks without norms.
         position_bias: Likewise, value of the relative-position tables that are added to attention's logits. 0 prefers
             no position, which is also the mean of timm's inits.
     """
