@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .assign import predict_from_graph, tile
-from .creation import create_predicted
+from .creation import DeferredFills, create_predicted
 from .errors import GHNError
 from .evaluation import calibrate
 from .graph import trace
@@ -59,8 +59,12 @@ def examine(name: str, ghn: GHN, images: Tensor | None = None) -> Row:
     row: Row = {"name": name, "family": timm.model_entrypoint(name).__module__.rpartition(".")[2]}
     started = time.perf_counter()
     try:
-        with torch.device("meta"):
-            model = timm.create_model(name)
+        try:
+            with torch.device("meta"):
+                model = timm.create_model(name)
+        except NotImplementedError:  # older RegNets look at tensors to know their widths
+            with DeferredFills():
+                model = timm.create_model(name)
         parameters = dict(model.named_parameters())
         graph = trace(model)
         # Raises if a prediction is not finite, does not fit, or a parameter has neither a prediction nor a reason.
