@@ -200,7 +200,7 @@ def hash_of(ghn: str) -> str:
 def without_pretrained(models: Iterable[str]) -> dict[str, str]:
     """The models whose pretrained weights cannot be had, with the reason."""
     reasons: dict[str, str] = {}
-    for model in models:
+    for model in tqdm(sorted(models), "fetching pretrained weights"):
         try:
             timm.create_model(model, pretrained=True)
         except Exception as error:  # whatever the network, the Hub or timm raises
