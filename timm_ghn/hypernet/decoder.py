@@ -6,10 +6,12 @@ is exact, since both linear maps of the decoder treat every output on its own.
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .config import GHNConfig
@@ -32,6 +34,10 @@ class Decoder(nn.Module):
     def output_layers(self) -> list[nn.Module]:
         """Its last layers, which GHN-3's program makes small before it trains."""
         return []
+
+    def forward(self, states: Sequence[torch.Tensor], shapes: Sequence[Shape4d]) -> list[torch.Tensor]:
+        """States, an [n, d] for each of the shapes, to kernels [n, out, in, h, w] of their `decoded_shape`."""
+        raise NotImplementedError
 
     def class_weight(self, x: torch.Tensor, in_features: int) -> torch.Tensor:
         """States [n, d] to class weights [n, num_classes, in]."""
@@ -59,28 +65,35 @@ class ConvDecoder(Decoder):
         start = max(0, limit // 2 - size // 2) if self.centred else 0
         return slice(start, start + min(size, limit))
 
-    def forward(self, x: torch.Tensor, shape: Shape4d) -> torch.Tensor:
-        """States [n, d] to kernels [n, out, in, h, w] of `decoded_shape`."""
+    def forward(self, states: Sequence[torch.Tensor], shapes: Sequence[Shape4d]) -> list[torch.Tensor]:
+        """States, an [n, d] for each of the shapes, to kernels [n, out, in, h, w] of their `decoded_shape`."""
         max_out, max_in, max_height, max_width = self.max_shape
-        out, into, *_ = self.decoded_shape(shape)
-        rows, columns = self._window(shape[2], max_height), self._window(shape[3], max_width)
+        decoded = [self.decoded_shape(shape) for shape in shapes]
+        windows = [
+            (slice(None), self._window(shape[2], max_height), self._window(shape[3], max_width)) for shape in shapes
+        ]
         weight, bias = _tensors(self.fc[0])
         channels = len(bias) // (max_height * max_width)
-        weight = weight.view(channels, max_height, max_width, -1)[:, rows, columns]
-        bias = bias.view(channels, max_height, max_width)[:, rows, columns]
-        size = weight.shape[1:3]
-        x = F.relu(F.linear(x, weight.flatten(0, 2), bias.flatten()))
-        x = x.view(-1, channels, *size).permute(0, 2, 3, 1)
-        x = F.relu(F.linear(x, *_tensors(self.conv[0])))
+        positions = sliced_linear(
+            states, weight.view(channels, max_height, max_width, -1), bias.view(channels, max_height, max_width), windows
+        )
+        rows = [F.relu(x).view(len(x), channels, -1).transpose(1, 2).flatten(0, 1) for x in positions]
+        x = F.relu(F.linear(torch.cat(rows), *_tensors(self.conv[0])))
 
         weight, bias = _tensors(self.conv[2])
-        weight, bias = weight.view(max_out, max_in, -1)[:out, :into], bias.view(max_out, max_in)[:out, :into]
-        x = F.linear(x, weight.flatten(0, 1), bias.flatten())
-        return x.view(-1, *size, out, into).permute(0, 3, 4, 1, 2)
+        corners = [(slice(out), slice(into)) for out, into, *_ in decoded]
+        kernels = sliced_linear(
+            x.split([len(row) for row in rows]), weight.view(max_out, max_in, -1), bias.view(max_out, max_in), corners
+        )
+        return [
+            kernel.view(-1, height, width, out, into).permute(0, 3, 4, 1, 2)
+            for kernel, (out, into, height, width) in zip(kernels, decoded, strict=True)
+        ]
 
     def class_weight(self, x: torch.Tensor, in_features: int) -> torch.Tensor:
         """States [n, d] to class weights [n, num_classes, in]: a linear map over the out channels of a 1x1 kernel."""
-        kernel = self(x, (self.max_shape[0], in_features, 1, 1))[..., 0, 0]
+        (kernel,) = self([x], [(self.max_shape[0], in_features, 1, 1)])
+        kernel = kernel[..., 0, 0]
         return F.linear(F.relu(kernel).transpose(1, 2), *_tensors(self.class_layer_predictor[1])).transpose(1, 2)
 
 
@@ -96,14 +109,14 @@ class MLPDecoder(Decoder):
     def output_layers(self) -> list[nn.Module]:
         return [self.mlp.fc[-1], self.class_layer_predictor[-1]]
 
-    def forward(self, x: torch.Tensor, shape: Shape4d) -> torch.Tensor:
-        """States [n, d] to kernels [n, out, in, h, w] of `decoded_shape`."""
-        out, into, height, width = self.decoded_shape(shape)
+    def forward(self, states: Sequence[torch.Tensor], shapes: Sequence[Shape4d]) -> list[torch.Tensor]:
+        """States, an [n, d] for each of the shapes, to kernels [n, out, in, h, w] of their `decoded_shape`."""
+        decoded = [self.decoded_shape(shape) for shape in shapes]
+        hidden = F.relu(self.mlp.fc[0](torch.cat(list(states)))).split([len(x) for x in states])
         weight, bias = _tensors(self.mlp.fc[2])
-        weight = weight.view(*self.max_shape, -1)[:out, :into, :height, :width]
-        bias = bias.view(self.max_shape)[:out, :into, :height, :width]
-        hidden = F.relu(self.mlp.fc[0](x))
-        return F.linear(hidden, weight.flatten(0, 3), bias.flatten()).view(-1, out, into, height, width)
+        corners = [tuple(slice(size) for size in shape) for shape in decoded]
+        kernels = sliced_linear(hidden, weight.view(*self.max_shape, -1), bias.view(self.max_shape), corners)
+        return [kernel.view(-1, *shape) for kernel, shape in zip(kernels, decoded, strict=True)]
 
     def class_weight(self, x: torch.Tensor, in_features: int) -> torch.Tensor:
         """States [n, d] to class weights [n, num_classes, in]."""
@@ -131,8 +144,11 @@ class LowRankDecoder(Decoder):
         height, width = min(shape[2], self.max_shape[2]), min(shape[3], self.max_shape[3])
         return min(shape[0], self.width // height), min(shape[1], self.width // width), height, width
 
-    def forward(self, x: torch.Tensor, shape: Shape4d) -> torch.Tensor:
-        """States [n, d] to kernels [n, out, in, h, w] of `decoded_shape`."""
+    def forward(self, states: Sequence[torch.Tensor], shapes: Sequence[Shape4d]) -> list[torch.Tensor]:
+        """States, an [n, d] for each of the shapes, to kernels [n, out, in, h, w] of their `decoded_shape`."""
+        return [self._kernels(x, shape) for x, shape in zip(states, shapes, strict=True)]
+
+    def _kernels(self, x: torch.Tensor, shape: Shape4d) -> torch.Tensor:
         out, into, height, width = self.decoded_shape(shape)
         a, b = F.relu(self.mlp["fc"](x)).view(-1, 2, self.rank, self.rank).unbind(1)
         kernels = self._factor(a, out * height) @ self._factor(b, into * width).transpose(1, 2)
@@ -149,10 +165,65 @@ class LowRankDecoder(Decoder):
 
     def class_weight(self, x: torch.Tensor, in_features: int) -> torch.Tensor:
         """States [n, d] to class weights [n, num_classes, in]."""
-        return self(x, (self.num_classes, in_features, 1, 1))[..., 0, 0]
+        return self._kernels(x, (self.num_classes, in_features, 1, 1))[..., 0, 0]
 
 
 DECODERS: dict[str, type[Decoder]] = {"conv": ConvDecoder, "mlp": MLPDecoder, "lowrank": LowRankDecoder}
+
+
+def sliced_linear_reference(
+    xs: Sequence[torch.Tensor], weight: torch.Tensor, bias: torch.Tensor, slices: Sequence[tuple[slice, ...]]
+) -> list[torch.Tensor]:
+    """What `sliced_linear` computes, plainly: for each input, the linear map made of a slice of the weight."""
+    return [
+        F.linear(x, weight[part].flatten(0, -2), bias[part].flatten()) for x, part in zip(xs, slices, strict=True)
+    ]
+
+
+def sliced_linear(
+    xs: Sequence[torch.Tensor], weight: torch.Tensor, bias: torch.Tensor, slices: Sequence[tuple[slice, ...]]
+) -> list[torch.Tensor]:
+    """Linear maps by slices of one weight.
+
+    Autograd gives every slice a gradient of the whole weight's size, zeros around it, and adds these up: with dozens of
+    kernel shapes, more work than the maps themselves. Here all slices add into one gradient.
+
+    Args:
+        xs: An [n, k] for each slice.
+        weight: [*sizes, k].
+        bias: [*sizes].
+        slices: For each input, which outputs to compute: a slice of each of `sizes`.
+
+    Returns:
+        For each input, [n, outputs], the slice's outputs flattened. They can be differentiated once.
+    """
+    return list(_SlicedLinear.apply(weight, bias, slices, *xs))
+
+
+class _SlicedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, weight: torch.Tensor, bias: torch.Tensor, slices: Sequence[tuple[slice, ...]], *xs: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(weight, *xs)
+        ctx.slices = slices
+        return tuple(sliced_linear_reference(xs, weight, bias, slices))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        weight, *xs = ctx.saved_tensors
+        of_weight, of_bias = torch.zeros_like(weight), weight.new_zeros(weight.shape[:-1])
+        of_xs = []
+        for x, gradient, part in zip(xs, gradients, ctx.slices, strict=True):
+            of_xs.append(gradient @ weight[part].flatten(0, -2))
+            target = of_weight[part]
+            if target.is_contiguous():
+                target.view(-1, target.shape[-1]).addmm_(gradient.t(), x)
+            else:
+                target += (gradient.t() @ x).view_as(target)
+            of_bias[part] += gradient.sum(0).view_as(of_bias[part])
+        return of_weight, of_bias, None, *of_xs
 
 
 def _tensors(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:

@@ -163,8 +163,9 @@ class GHN(
             biases = self.bias_class(biases)
             for (g, node), bias in zip(class_biases, self._normalised_bias(biases).unbind(), strict=True):
                 predicted[g][graphs[g].names[node]] = bias
-        for shape4d, nodes in kernels.items():
-            for (g, node), kernel in zip(nodes, self.decoder(states(nodes), shape4d).unbind(), strict=True):
+        decoded = self.decoder([states(nodes) for nodes in kernels.values()], list(kernels)) if kernels else []
+        for nodes, group in zip(kernels.values(), decoded, strict=True):
+            for (g, node), kernel in zip(nodes, group.unbind(), strict=True):
                 shape = graphs[g].shapes[node]
                 assert shape is not None
                 predicted[g][graphs[g].names[node]] = self._normalised_kernel(_as_parameter(kernel, shape), shape)

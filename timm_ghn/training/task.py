@@ -79,6 +79,9 @@ class Task:
         for module in _batch_norms(self.module):
             module.track_running_stats = False
             module.running_mean = module.running_var = module.num_batches_tracked = None
+        for module in self.module.modules():
+            if isinstance(module, nn.Conv2d) and module.in_channels < 8 and module.kernel_size == (1, 1):
+                _subsample_first(module)
         self.shapes = {name: parameter.shape for name, parameter in self.module.named_parameters()}
 
         self._has_exceptions = "msa" in self.graph.ops or any(
@@ -114,6 +117,17 @@ class _SlowInBfloat16(TorchFunctionMode):
         with torch.autocast("cpu", enabled=False):
             args = [arg.float() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args]
             return func(*args, **kwargs).bfloat16()
+
+
+def _subsample_first(convolution: nn.Conv2d) -> None:
+    """Makes a pointwise convolution leave out the positions that its stride skips before it computes, not while it does.
+
+    It is the same, but oneDNN (as in torch 2.14) writes past the end of its buffer in the weight's gradient of such a
+    layer, where a processor has AVX2 and no AVX-512, the layout is channels-last, and the channels are fewer than 8.
+    """
+    down, right = convolution.stride
+    convolution.stride = (1, 1)
+    convolution.register_forward_pre_hook(lambda _, args: (args[0][..., ::down, ::right],))
 
 
 def _batch_norms(module: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
