@@ -74,9 +74,8 @@ class ConvDecoder(Decoder):
         ]
         weight, bias = _tensors(self.fc[0])
         channels = len(bias) // (max_height * max_width)
-        positions = sliced_linear(
-            states, weight.view(channels, max_height, max_width, -1), bias.view(channels, max_height, max_width), windows
-        )
+        weight, bias = (tensor.view(channels, max_height, max_width, *tensor.shape[1:]) for tensor in (weight, bias))
+        positions = sliced_linear(states, weight, bias, windows)
         rows = [F.relu(x).view(len(x), channels, -1).transpose(1, 2).flatten(0, 1) for x in positions]
         x = F.relu(F.linear(torch.cat(rows), *_tensors(self.conv[0])))
 
@@ -175,9 +174,7 @@ def sliced_linear_reference(
     xs: Sequence[torch.Tensor], weight: torch.Tensor, bias: torch.Tensor, slices: Sequence[tuple[slice, ...]]
 ) -> list[torch.Tensor]:
     """What `sliced_linear` computes, plainly: for each input, the linear map made of a slice of the weight."""
-    return [
-        F.linear(x, weight[part].flatten(0, -2), bias[part].flatten()) for x, part in zip(xs, slices, strict=True)
-    ]
+    return [F.linear(x, weight[part].flatten(0, -2), bias[part].flatten()) for x, part in zip(xs, slices, strict=True)]
 
 
 def sliced_linear(

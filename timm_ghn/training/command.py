@@ -25,15 +25,16 @@ from timm_ghn.errors import GHNError
 from timm_ghn.hub import load_ghn
 from timm_ghn.training.architectures import FAMILIES, SPLITS, architecture
 from timm_ghn.training.checkpoint import TrainingError, load_checkpoint
-from timm_ghn.training.config import PRESETS, TrainConfig
+from timm_ghn.training.config import PRESETS, SCHEDULES, TrainConfig
 from timm_ghn.training.data import ImageDataset, load_dataset
+from timm_ghn.training.optimizers import OPTIMIZERS
 from timm_ghn.training.trainer import Trainer
 
 logger = logging.getLogger("timm_ghn.training")
 
 _GHN_ARGUMENTS = ("hypernet", "decoder", "hid", "layers", "heads", "rank", "max_shape")
-_RUN_ARGUMENTS = ("steps", "seed", "meta_batch", "batch_size", "lr", "eval_every", "val_architectures", "val_images",
-                  "bf16")  # fmt: skip
+_RUN_ARGUMENTS = ("steps", "seed", "meta_batch", "batch_size", "optimizer", "lr", "schedule", "network_clip",
+                  "eval_every", "val_architectures", "val_images", "bf16")  # fmt: skip
 _BATCH = 250
 _CALIBRATION_BATCHES = 8
 
@@ -61,6 +62,10 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("run")
     run.add_argument("--out", type=Path, default=Path("runs/ghn"), help="the run's directory")
     run.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    run.add_argument(
+        "--cooldown-from", type=Path, metavar="RUN",
+        help="go on from this run's checkpoint, its learning rate falling to 0 over --steps more or --minutes",
+    )  # fmt: skip
     run.add_argument("--init", help="start from these weights: a tag, directory, .safetensors file or hf-hub:org/repo")
     run.add_argument("--minutes", type=float, help="wall-clock budget; without --steps it also sets the pace")
     run.add_argument("--steps", type=int, help="length of the run, which resumes exactly then")
@@ -78,7 +83,10 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     config.add_argument("--seed", type=int)
     config.add_argument("--meta-batch", type=int, help="architectures a step, over all processes")
     config.add_argument("--batch-size", type=int, help="images for each of them")
+    config.add_argument("--optimizer", choices=OPTIMIZERS)
     config.add_argument("--lr", type=float)
+    config.add_argument("--schedule", choices=SCHEDULES, help="of the learning rate; constant for an open end")
+    config.add_argument("--network-clip", type=float, help="limit for the norm of each network's gradient")
     config.add_argument("--eval-every", type=int, help="steps between validations and checkpoints")
     config.add_argument("--val-architectures", type=int)
     config.add_argument("--val-images", type=int)
@@ -122,8 +130,9 @@ def train(args: argparse.Namespace) -> None:
         init = load_ghn(args.init) if args.init else None
         config = _config(args, data.num_classes, None if init is None else init.config.to_dict(), device)
         trainer = Trainer(
-            config, data, validation, args.out, device=device, workers=args.workers, init=init, resume=args.resume
-        )
+            config, data, validation, args.out, device=device, workers=args.workers, init=init, resume=args.resume,
+            cooldown_from=None if args.resume else args.cooldown_from,
+        )  # fmt: skip
         result = trainer.run(args.minutes)
         logger.info(
             "%d steps: validation %.2f %%; the best so far is in %s", trainer.step, result["val_mean"], args.out
@@ -137,6 +146,10 @@ def _config(
     fields: dict[str, Any]
     if args.resume:
         fields = load_checkpoint(args.out / "checkpoints")[1]["config"]
+    elif args.cooldown_from:
+        state = load_checkpoint(args.cooldown_from / "checkpoints")[1]
+        steps = None if args.steps is None else state["step"] + args.steps
+        return TrainConfig.from_dict({**state["config"], "schedule": "linear", "warmup": 0, "steps": steps})
     else:
         fields = {**PRESETS[args.preset or "ghn2"], "bf16": has_bf16(device)}
     if args.config is not None:

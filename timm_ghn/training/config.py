@@ -8,7 +8,10 @@ from typing import Any
 
 from timm_ghn.hypernet import GHNConfig
 from timm_ghn.training.checkpoint import TrainingError
+from timm_ghn.training.optimizers import OPTIMIZERS
 from timm_ghn.training.pool import Share
+
+SCHEDULES = ("cosine", "steps", "constant", "linear")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,13 +25,17 @@ class TrainConfig:
         seed: Decides the GHN's first weights, the architectures, and each step's images.
         meta_batch: Architectures a step, over all processes.
         batch_size: Images for each of them.
-        optimizer: "adamw" or "adam".
+        optimizer: "soap", "adamw" or "adam".
         lr: Peak learning rate.
         betas: Of the optimizer.
         weight_decay: Of the optimizer.
         warmup: Steps in which the learning rate rises to its peak.
-        decay: "cosine", or "steps": a tenth after 2/3 of the run and again after 5/6.
-        clip: Upper limit for the gradient's norm.
+        schedule: Of the learning rate: "cosine" to a hundredth of the peak; "steps": a tenth after 2/3 of the run and
+            again after 5/6; "constant", for runs of unknown length; "linear" to 0, as a constant one is cooled down.
+        network_clip: Upper limit for the norm of each network's gradient with respect to what was predicted for it;
+            None for none. Norms differ from kind to kind (2 for a residual network, 24 for a transformer, 120 for one
+            in ten of those), and without it the largest alone decides the step.
+        clip: Upper limit for the norm of the GHN's gradient.
         label_smoothing: Of the cross-entropy.
         penalty: Weight of the summed norms of the predicted parameters in the loss (arXiv 2303.04143, §3.3).
         ema: Decay of the averaged weights, which are what is validated and exported; 0 for none.
@@ -38,21 +45,22 @@ class TrainConfig:
         eval_every: Steps between validations, each followed by a checkpoint.
         val_architectures: Unseen architectures to validate on, of the same mixture.
         val_images: Images to validate on.
-        max_skipped: Steps without a finite gradient that are tolerated in 1,000.
+        max_skipped: Networks without a finite gradient, which are left out, that are tolerated in 1,000 steps.
     """
 
     ghn: GHNConfig
     architectures: tuple[Share, ...] = (Share(),)
     steps: int | None = None
     seed: int = 0
-    meta_batch: int = 2
+    meta_batch: int = 4
     batch_size: int = 64
-    optimizer: str = "adamw"
-    lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.98)
+    optimizer: str = "soap"
+    lr: float = 2e-3
+    betas: tuple[float, float] = (0.95, 0.95)
     weight_decay: float = 1e-2
     warmup: int = 200
-    decay: str = "cosine"
+    schedule: str = "cosine"
+    network_clip: float | None = 3.0
     clip: float = 5.0
     label_smoothing: float = 0.05
     penalty: float = 0.0
@@ -72,10 +80,11 @@ class TrainConfig:
 
         for name in ("meta_batch", "batch_size", "uses", "spacing", "eval_every", "val_architectures", "val_images"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("lr", "clip"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("lr", "clip", "network_clip"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} is {value}; it must be above 0")
         require(self.steps is None or self.steps > 0, f"steps is {self.steps}; it must be at least 1, or null")
-        for name, allowed in (("optimizer", ("adamw", "adam")), ("decay", ("cosine", "steps"))):
+        for name, allowed in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
             value = getattr(self, name)
             require(value in allowed, f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
         require(0 <= self.ema < 1, f"ema is {self.ema}; it must be from 0 to below 1")
@@ -114,8 +123,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "ghn3": {"ghn": {"hypernet": "graphormer", "hid": 64, "layers": 3}, "penalty": 3e-5},
     # The recipe of arXiv 2110.13100, appendix B: the baseline.
     "published": {
-        "meta_batch": 8, "optimizer": "adam", "betas": [0.9, 0.999], "weight_decay": 0.0, "warmup": 0,
-        "decay": "steps", "label_smoothing": 0.0, "ema": 0.0, "uses": 1,
+        "meta_batch": 8, "optimizer": "adam", "lr": 1e-3, "betas": [0.9, 0.999], "weight_decay": 0.0, "warmup": 0,
+        "schedule": "steps", "network_clip": None, "label_smoothing": 0.0, "ema": 0.0, "uses": 1,
     },
 }  # fmt: skip
 """Named differences from the defaults of `TrainConfig`."""

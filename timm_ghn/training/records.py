@@ -6,7 +6,7 @@ import csv
 import importlib.util
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +16,25 @@ COLUMNS = (
     "step", "minutes", "steps_per_second", "learning_rate", "loss", "accuracy", "gradient_norm", "skipped",
     "val_mean", "val_min", "val_max",
 )  # fmt: skip
+FAMILY_COLUMNS = ("step", "family", "val_networks", "val_mean", "trained", "norm_median", "norm_90", "norm_max")
 
 
 class Log:
     """A CSV file with a row every so many steps; a resumed run goes on where its checkpoint was written."""
 
-    def __init__(self, path: Path, first_step: int):
+    def __init__(self, path: Path, first_step: int, columns: Sequence[str] = COLUMNS):
         rows = []
         if path.exists():
             with path.open(newline="", encoding="utf-8") as file:
                 rows = [row for row in csv.DictReader(file) if int(row["step"]) <= first_step]
         self._file = path.open("w", newline="", encoding="utf-8")
-        self._writer = csv.DictWriter(self._file, COLUMNS)
+        self._writer = csv.DictWriter(self._file, columns)
         self._writer.writeheader()
         self._writer.writerows(rows)
 
-    def write(self, **row: float) -> None:
+    def write(self, **row: float | str) -> None:
         """Appends a row; columns that are not given stay empty."""
-        self._writer.writerow({name: f"{value:.6g}" for name, value in row.items()})
+        self._writer.writerow({n: value if isinstance(value, str) else f"{value:.6g}" for n, value in row.items()})
         self._file.flush()
 
     def close(self) -> None:

@@ -79,9 +79,9 @@ class Task:
         for module in _batch_norms(self.module):
             module.track_running_stats = False
             module.running_mean = module.running_var = module.num_batches_tracked = None
-        for module in self.module.modules():
-            if isinstance(module, nn.Conv2d) and module.in_channels < 8 and module.kernel_size == (1, 1):
-                _subsample_first(module)
+        for child in self.module.modules():
+            if isinstance(child, nn.Conv2d) and child.in_channels < 8 and child.kernel_size == (1, 1):
+                _subsample_first(child)
         self.shapes = {name: parameter.shape for name, parameter in self.module.named_parameters()}
 
         self._has_exceptions = "msa" in self.graph.ops or any(
@@ -120,7 +120,7 @@ class _SlowInBfloat16(TorchFunctionMode):
 
 
 def _subsample_first(convolution: nn.Conv2d) -> None:
-    """Makes a pointwise convolution leave out the positions that its stride skips before it computes, not while it does.
+    """Makes a pointwise convolution skip positions before it computes, not while it does.
 
     It is the same, but oneDNN (as in torch 2.14) writes past the end of its buffer in the weight's gradient of such a
     layer, where a processor has AVX2 and no AVX-512, the layout is channels-last, and the channels are fewer than 8.

@@ -25,8 +25,9 @@ from timm_ghn.hypernet import GHN, GHNConfig
 from timm_ghn.training.checkpoint import TrainingError, export, has_checkpoint, load_checkpoint, save_checkpoint
 from timm_ghn.training.config import TrainConfig
 from timm_ghn.training.data import ImageDataset
+from timm_ghn.training.optimizers import new_optimizer, optimizer_tensors, restore_optimizer
 from timm_ghn.training.pool import Schedule, TaskPool, draw_architecture
-from timm_ghn.training.records import Log, model_card, plot_curves
+from timm_ghn.training.records import FAMILY_COLUMNS, Log, model_card, plot_curves
 from timm_ghn.training.task import Task, prepare
 
 logger = logging.getLogger("timm_ghn.training")
@@ -36,7 +37,8 @@ _SKIP_WINDOW = 1000
 _FINAL_LR = 0.01  # of the peak, where the cosine ends
 _ROW_EVERY = 100  # steps, in the log
 _AVERAGED = ("loss", "accuracy", "gradient_norm", "learning_rate")
-_STATE = ("step", "progress", "seconds", "skipped", "best")  # of a trainer, beside its tensors
+_STATE = ("step", "first_step", "progress", "seconds", "skipped", "best")  # of a trainer, beside its tensors
+_SUMS = 5
 
 
 def new_ghn(config: GHNConfig, seed: int) -> GHN:
@@ -61,10 +63,11 @@ def new_ghn(config: GHNConfig, seed: int) -> GHN:
 class Trainer:
     """A training run in a directory.
 
-    The directory gets ``log.csv``, ``curves.png``, the GHN with the best validation so far (``model.safetensors``,
-    ``config.json``, ``README.md``), and ``checkpoints/``. A run that resumes from there gets the same weights, bit for
-    bit, as one that never stopped, as long as ``config.steps`` rather than the clock drives the learning rate and the
-    number of threads is the same: random numbers are a function of the seed, the step and the place in the meta-batch.
+    The directory gets ``log.csv``, ``families.csv`` (validation and gradients' norms by family), ``curves.png``, the
+    GHN with the best validation so far (``model.safetensors``, ``config.json``, ``README.md``), and ``checkpoints/``.
+    A run that resumes from there gets the same weights, bit for bit, as one that never stopped, as long as
+    ``config.steps`` rather than the clock drives the learning rate and the number of threads is the same: random numbers
+    are a function of the seed, the step and the place in the meta-batch.
 
     Under `torch.distributed` each process trains its share of the meta-batch.
 
@@ -77,6 +80,7 @@ class Trainer:
         workers: Processes that prepare architectures; 0 for none.
         init: Weights to start from.
         resume: Go on from the directory's checkpoint; without it, a directory that has one is refused.
+        cooldown_from: Another run's directory, from whose checkpoint a new run goes on under another schedule.
 
     Raises:
         TrainingError: If the arguments do not fit each other or the directory's checkpoint.
@@ -93,6 +97,7 @@ class Trainer:
         workers: int = 1,
         init: GHN | None = None,
         resume: bool = False,
+        cooldown_from: Path | None = None,
     ):
         self.config, self.directory, self.workers = config, directory, workers
         self.device = torch.device(device)
@@ -112,21 +117,21 @@ class Trainer:
             raise TrainingError(f"The weights to start from are another GHN's: it differs in {', '.join(differing)}.")
         self.ghn = (new_ghn(config.ghn, config.seed) if init is None else copy.deepcopy(init)).to(self.device).train()
         self.ema = copy.deepcopy(self.ghn).requires_grad_(False).eval()
-        optimizer = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-        self.optimizer = optimizer(
-            self.ghn.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
-        )
-        # Gradients are views of one tensor, with four sums behind them that travel along: loss, correct predictions,
-        # the clock, and whether somebody wants to stop. One call then averages over processes, and one reads it all.
-        sizes = [parameter.numel() for parameter in self.ghn.parameters()]
-        self.gradient = torch.zeros(sum(sizes) + 4, device=self.device)
-        for parameter, part in zip(self.ghn.parameters(), self.gradient[:-4].split(sizes), strict=True):
+        # Gradients are views of one tensor, with sums behind them that travel along: loss, correct predictions,
+        # networks left out, the clock, and whether somebody wants to stop. One call then averages over processes, and
+        # one reads it all.
+        self._names, parameters = zip(*self.ghn.named_parameters(), strict=True)
+        sizes = [parameter.numel() for parameter in parameters]
+        self.gradient = torch.zeros(sum(sizes) + _SUMS, device=self.device)
+        for parameter, part in zip(parameters, self.gradient[:-_SUMS].split(sizes), strict=True):
             parameter.grad = part.view_as(parameter)
+        self.optimizer = new_optimizer(config.optimizer, parameters, config.lr, config.betas, config.weight_decay)
 
         self.step = 0
-        self.progress = 0.0  # of the learning rate's decay, 0 to 1
+        self.first_step = 0  # of this schedule
+        self.progress = 0.0  # of the learning rate's schedule, 0 to 1
         self.seconds = 0.0  # of training, over all resumptions
-        self.skipped: list[int] = []  # recent steps without a finite gradient
+        self.skipped: list[int] = []  # steps of the networks that were left out lately
         self.best: dict[str, float] = {}  # the best validation
         self._stop = False
         checkpoints = directory / "checkpoints"
@@ -134,6 +139,10 @@ class Trainer:
             self._restore(*load_checkpoint(checkpoints))
         elif has_checkpoint(checkpoints):
             raise TrainingError(f"{directory} holds a run already; resume it, or choose another directory.")
+        elif cooldown_from is not None:
+            self._restore(*load_checkpoint(cooldown_from / "checkpoints"), free=("schedule", "steps", "warmup"))
+            self.first_step, self.progress, self.best = self.step, 0.0, {}
+        self._norms: dict[str, list[float]] = {}  # of the networks' gradients, by family, since the last validation
         self._prepare_validation()
 
     # ---- one step ---------------------------------------------------------------------------------------------------
@@ -141,7 +150,11 @@ class Trainer:
     def learning_rate(self) -> float:
         """Of the current step."""
         warm = min(1.0, (self.step + 1) / self.config.warmup) if self.config.warmup else 1.0
-        if self.config.decay == "steps":
+        if self.config.schedule == "constant":
+            return self.config.lr * warm
+        if self.config.schedule == "linear":
+            return self.config.lr * warm * (1 - self.progress)
+        if self.config.schedule == "steps":
             return self.config.lr * warm * 0.1 ** ((self.progress >= 2 / 3) + (self.progress >= 5 / 6))
         cosine = 0.5 * (1 + math.cos(math.pi * self.progress))
         return self.config.lr * warm * (_FINAL_LR + (1 - _FINAL_LR) * cosine)
@@ -160,8 +173,9 @@ class Trainer:
         config = self.config
         lr = self.learning_rate()
         self.gradient.zero_()
-        sums = self.gradient[-4:]
-        predicted, gradients = [], []
+        sums = self.gradient[-_SUMS:]
+        predicted: list[Tensor] = []
+        gradients: list[Tensor] = []
         for lane, task, tiles in zip(self.lanes, tasks, self.ghn([task.graph for task in tasks]), strict=True):
             # Each network's backward pass ends at what was predicted for it, so that only one network's activations
             # are in memory at a time. One pass through the GHN then takes all of them further.
@@ -172,34 +186,41 @@ class Trainer:
             loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
             if config.penalty:
                 loss = loss + config.penalty * torch.stack(torch._foreach_norm(list(parameters.values()))).sum()
-            loss = loss / config.meta_batch
             loss.backward()
-            sums[0] += loss.detach()
+            # A scale of branches is a constant, and has no graph behind it.
+            trained = {n: x.grad for n, x in leaves.items() if x.grad is not None and tiles[n].requires_grad}
+            norm = float(torch.stack(torch._foreach_norm(list(trained.values()))).norm()) if trained else 0.0
+            self._norms.setdefault(task.architecture.family, []).append(norm)
+            if not math.isfinite(norm):
+                sums[2] += 1
+                continue
+            clip = math.inf if config.network_clip is None else config.network_clip
+            scale = min(1.0, clip / (norm + 1e-6)) / config.meta_batch
+            predicted += [tiles[name] for name in trained]
+            gradients += torch._foreach_mul(list(trained.values()), scale)
+            sums[0] += loss.detach() / config.meta_batch
             sums[1] += (logits.argmax(1) == labels).sum()
-            for name, leaf in leaves.items():
-                if leaf.grad is not None and tiles[name].requires_grad:  # a scale of branches is a constant
-                    predicted.append(tiles[name])
-                    gradients.append(leaf.grad)
-        torch.autograd.backward(predicted, gradients)
-        sums[2] = clock if self.rank == 0 else 0.0
-        sums[3] = float(self._stop)
+        if predicted:
+            torch.autograd.backward(predicted, gradients)
+        sums[3] = clock if self.rank == 0 else 0.0
+        sums[4] = float(self._stop)
         if self.world > 1:
             dist.all_reduce(self.gradient)
 
-        gradient = self.gradient[:-4]
-        norm, total_loss, correct, clock, stop = torch.cat((gradient.norm()[None], sums)).tolist()
-        if math.isfinite(norm):
+        gradient = self.gradient[:-_SUMS]
+        norm, total_loss, correct, left_out, clock, stop = torch.cat((gradient.norm()[None], sums)).tolist()
+        if left_out or not math.isfinite(norm):
+            self._count_skipped(int(left_out) or config.meta_batch)
+        if math.isfinite(norm) and left_out < config.meta_batch:
             gradient *= min(1.0, config.clip / (norm + 1e-6))
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
             decay = min(config.ema, (1 + self.step) / (10 + self.step))
             torch._foreach_lerp_(list(self.ema.parameters()), [p.detach() for p in self.ghn.parameters()], 1 - decay)
-        else:
-            self._count_skipped()
         self.step += 1
         if config.steps is not None:
-            self.progress = self.step / config.steps
+            self.progress = (self.step - self.first_step) / (config.steps - self.first_step)
         accuracy = 100 * correct / (config.meta_batch * config.batch_size)
         return {
             "loss": total_loss, "accuracy": accuracy, "gradient_norm": norm, "learning_rate": lr, "clock": clock,
@@ -217,13 +238,13 @@ class Trainer:
             return torch.cuda.default_generators[self.device.index or 0]
         return torch.default_generator
 
-    def _count_skipped(self) -> None:
-        self.skipped = [step for step in (*self.skipped, self.step) if step > self.step - _SKIP_WINDOW]
-        logger.warning("step %d skipped: the gradient is not finite", self.step)
+    def _count_skipped(self, networks: int) -> None:
+        self.skipped = [step for step in (*self.skipped, *[self.step] * networks) if step > self.step - _SKIP_WINDOW]
+        logger.warning("step %d: %d networks are left out, their gradients are not finite", self.step, networks)
         if len(self.skipped) > self.config.max_skipped:
             raise TrainingError(
-                f"{len(self.skipped)} of the last {min(self.step + 1, _SKIP_WINDOW)} steps had no finite gradient; "
-                "lower the learning rate or the clip, and resume from the last checkpoint."
+                f"In the last {min(self.step + 1, _SKIP_WINDOW)} steps, {len(self.skipped)} networks had no finite "
+                "gradient; lower the learning rate or the clip, and resume from the last checkpoint."
             )
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
@@ -265,7 +286,8 @@ class Trainer:
             stack.enter_context(contextlib.closing(pool))
             stack.enter_context(_orderly_stop(self))
             stack.enter_context(_own_random_state(self.device))
-            log, show = stack.enter_context(self._log()), stack.enter_context(self._display())
+            log, log_family = stack.enter_context(self._logs())
+            show = stack.enter_context(self._display())
             while True:
                 result = self.train_step(pool.tasks(self.step), time.monotonic() - started)
                 recent.append(result)
@@ -280,7 +302,13 @@ class Trainer:
                 if validate or self.step % _ROW_EVERY == 0:
                     row = {name: sum(r[name] for r in recent) / len(recent) for name in _AVERAGED}
                     row["steps_per_second"] = len(recent) / (time.monotonic() - row_started)
-                    validation = self.validate() if validate else {}
+                    validation = {}
+                    if validate:
+                        accuracies = self.validate()
+                        kinds = {"mean": accuracies.mean(), "min": accuracies.min(), "max": accuracies.max()}
+                        validation = {f"val_{kind}": value.item() for kind, value in kinds.items()}
+                        for family_row in self._family_rows(accuracies):
+                            log_family(**family_row)
                     log(step=self.step, minutes=self.seconds / 60, skipped=len(self.skipped), **row, **validation)
                     if validate:
                         self._save(validation)
@@ -289,8 +317,8 @@ class Trainer:
                     return validation
 
     @torch.no_grad()
-    def validate(self) -> dict[str, float]:
-        """Top-1 in percent of what the averaged weights predict, over the validation architectures."""
+    def validate(self) -> Tensor:
+        """Top-1 in percent of what the averaged weights predict, for each of the validation architectures."""
         accuracies = torch.zeros(self.config.val_architectures, device=self.device)
         for index, task in self._val_tasks.items():
             parameters = task.parameters(self.ema([task.graph])[0])
@@ -299,12 +327,19 @@ class Trainer:
                 accuracies[index] += (task.logits(parameters, images, self.config.bf16).argmax(1) == labels).sum()
         if self.world > 1:
             dist.all_reduce(accuracies)
-        accuracies *= 100 / len(self._val_rows)
-        return {
-            "val_mean": accuracies.mean().item(),
-            "val_min": accuracies.min().item(),
-            "val_max": accuracies.max().item(),
-        }
+        return accuracies * (100 / len(self._val_rows))
+
+    def _family_rows(self, accuracies: Tensor) -> Iterator[dict[str, float | str]]:
+        """For each family, its validation, and this process's gradients' norms since the last one."""
+        norms, self._norms = self._norms, {}
+        for family in sorted({*self._val_families, *norms}):
+            row: dict[str, float | str] = {"step": self.step, "family": family}
+            if own := [i for i, name in enumerate(self._val_families) if name == family]:
+                row |= {"val_networks": len(own), "val_mean": accuracies[own].mean().item()}
+            if family in norms:
+                median, upper, largest = torch.tensor(norms[family]).quantile(torch.tensor([0.5, 0.9, 1.0])).tolist()
+                row |= {"trained": len(norms[family]), "norm_median": median, "norm_90": upper, "norm_max": largest}
+            yield row
 
     def _prepare_validation(self) -> None:
         config, size = self.config, self.train.image_size
@@ -314,9 +349,12 @@ class Trainer:
         try:
             for share in config.architectures:
                 draw_architecture([share], "train", 0, size)
+            drawn = [
+                draw_architecture(config.architectures, "val", index, size) for index in range(config.val_architectures)
+            ]
+            self._val_families = [found.family for found in drawn]
             for index in range(self.rank, config.val_architectures, self.world):
-                drawn = draw_architecture(config.architectures, "val", index, size)
-                prepared = prepare(drawn, config.ghn.num_classes, size)
+                prepared = prepare(drawn[index], config.ghn.num_classes, size)
                 self._val_tasks[index] = Task(prepared, config.ghn.num_classes, size, self.device)
         except ValueError as error:
             raise TrainingError(f"The mixture of architectures cannot be drawn from: {error}") from error
@@ -333,12 +371,10 @@ class Trainer:
         logger.info("step %d: validation %.2f %% (%.2f to %.2f)", self.step, *validation.values())
         if better:
             export(self.directory, self.ema, self._card())
-        names = [name for name, _ in self.ghn.named_parameters()]
-        moments = self.optimizer.state_dict()["state"]
         tensors = {
             "ghn": self.ghn.state_dict(),
             "ema": self.ema.state_dict(),
-            "optimizer": {f"{names[i]}/{key}": value for i, state in moments.items() for key, value in state.items()},
+            "optimizer": optimizer_tensors(self.optimizer, list(self._names)),
         }
         state = {
             "config": self.config.to_dict(),
@@ -348,11 +384,14 @@ class Trainer:
         save_checkpoint(self.directory / "checkpoints", self.step, tensors, state)
         plot_curves(self.directory / "log.csv", self.directory / "curves.png")
 
-    def _restore(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    def _restore(
+        self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], free: tuple[str, ...] = ()
+    ) -> None:
+        """Takes over a checkpoint of a run under the same config, but for the fields that are `free` to differ."""
         try:
             saved, config = TrainConfig.from_dict(state["config"]).to_dict(), self.config.to_dict()
             for name in saved:
-                if saved[name] != config[name]:
+                if saved[name] != config[name] and name not in free:
                     raise TrainingError(
                         f"The run in {self.directory} has {name} = {saved[name]}, not {config[name]}; resume it under "
                         "its own config, or start another run from its weights."
@@ -361,13 +400,7 @@ class Trainer:
                 raise TrainingError(f"The run in {self.directory} trained on other images; give it the same data.")
             self.ghn.load_state_dict(tensors["ghn"])
             self.ema.load_state_dict(tensors["ema"])
-            moments: dict[int, dict[str, Tensor]] = {}
-            names = {name: index for index, (name, _) in enumerate(self.ghn.named_parameters())}
-            for key, value in tensors["optimizer"].items():
-                name, _, field = key.rpartition("/")
-                moments.setdefault(names[name], {})[field] = value
-            groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+            restore_optimizer(self.optimizer, list(self._names), tensors["optimizer"])
             for name in _STATE:
                 setattr(self, name, state[name])
         except (KeyError, RuntimeError, ValueError) as error:
@@ -390,17 +423,19 @@ class Trainer:
         return model_card(self.config.to_dict(), facts)
 
     @contextlib.contextmanager
-    def _log(self) -> Iterator[Callable[..., None]]:
+    def _logs(self) -> Iterator[tuple[Callable[..., None], Callable[..., None]]]:
+        """What writes to the log, and to that of the families."""
         if self.rank > 0:
-            yield lambda **row: None
+            yield lambda **row: None, lambda **row: None
             return
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             log = Log(self.directory / "log.csv", self.step)
+            families = Log(self.directory / "families.csv", self.step, FAMILY_COLUMNS)
         except OSError as error:
             raise TrainingError(f"Cannot write to {self.directory} ({error}); choose another directory.") from error
-        with contextlib.closing(log):
-            yield log.write
+        with contextlib.closing(log), contextlib.closing(families):
+            yield log.write, families.write
 
     @contextlib.contextmanager
     def _display(self) -> Iterator[Callable[[float, dict[str, float]], None]]:
