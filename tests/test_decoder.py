@@ -7,10 +7,12 @@ import dataclasses
 import pytest
 import timm
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from timm_ghn import GHN, GHNConfig, predict, trace
-from timm_ghn.hypernet.decoder import LowRankDecoder
+from timm_ghn.hypernet.decoder import LowRankDecoder, sliced_linear, sliced_linear_reference
 from timm_ghn.training.trainer import new_ghn
 
 CONFIG = GHNConfig(
@@ -42,7 +44,7 @@ def test_the_definition(shape: tuple[int, int, int, int], decoded: tuple[int, in
         a, b = decoder.l2(F.relu(vectors)).view(3, 2 * 512, CONFIG.rank).split(512, dim=1)
         matrix = a[:, : out * height] @ b[:, : into * width].transpose(1, 2)
         expected = matrix.view(3, out, height, into, width).permute(0, 1, 3, 2, 4)
-        torch.testing.assert_close(decoder(x, shape), expected)
+        torch.testing.assert_close(decoder([x], [shape])[0], expected)
     assert int(torch.linalg.matrix_rank(matrix[0])) <= CONFIG.rank
 
 
@@ -81,3 +83,40 @@ def test_it_learns() -> None:
 def test_classes_must_fit() -> None:
     with pytest.raises(ValueError, match="must be as wide as the widest layer, of which num_classes=1000 is one"):
         dataclasses.replace(CONFIG, num_classes=1000)
+
+
+SLICES = st.lists(
+    st.tuples(st.integers(0, 3), st.integers(1, 6), st.integers(1, 5), st.integers(0, 4)), min_size=1, max_size=5
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(slices=SLICES, seed=st.integers(0, 1000))
+def test_slices_of_one_weight_equal_the_plain_maps(slices: list[tuple[int, int, int, int]], seed: int) -> None:
+    """Values and gradients of `sliced_linear`; overlapping slices, and inputs of no row, too."""
+    torch.manual_seed(seed)
+    weight, bias = torch.randn(6, 5, 3, dtype=torch.float64), torch.randn(6, 5, dtype=torch.float64)
+    parts = [(slice(start, out), slice(into)) for start, out, into, _ in slices]
+    xs = [torch.randn(rows, 3, dtype=torch.float64) for *_, rows in slices]
+    results = []
+    for function in (sliced_linear, sliced_linear_reference):
+        inputs = [tensor.clone().requires_grad_() for tensor in (weight, bias, *xs)]
+        ys = function(inputs[2:], inputs[0], inputs[1], parts)
+        loss = sum((y * torch.arange(y.numel()).view_as(y).cos()).sum() for y in ys)
+        assert isinstance(loss, torch.Tensor)
+        results.append([*ys, *torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)])
+    for fast, plain in zip(*results, strict=True):
+        torch.testing.assert_close(fast, plain)
+
+
+@pytest.mark.parametrize("decoder", ["conv", "mlp", "lowrank"])
+def test_shapes_decoded_together_equal_those_decoded_alone(decoder: str) -> None:
+    config = GHNConfig(10, (16, 16, 5, 5), hid=8, decoder=decoder, rank=4)
+    module = GHN(config).decoder
+    shapes = [(16, 16, 3, 3), (40, 3, 7, 7), (8, 1, 1, 5), (4, 16, 1, 1), (1, 24, 14, 14)]
+    states = [torch.randn(count, 8) for count in (2, 1, 3, 1, 2)]
+    together = module(states, shapes)
+    for state, shape, kernels in zip(states, shapes, together, strict=True):
+        (alone,) = module([state], [shape])
+        assert kernels.shape == (len(state), *module.decoded_shape(shape))
+        torch.testing.assert_close(kernels, alone)

@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 from timm_ghn.cli import main
 from timm_ghn.hub import load_ghn
 from timm_ghn.hypernet import GHNConfig
-from timm_ghn.training import checkpoint
+from timm_ghn.training import checkpoint, optimizers
+from timm_ghn.training import trainer as trainer_module
 from timm_ghn.training.architectures import Architecture, architecture
 from timm_ghn.training.checkpoint import TrainingError, load_checkpoint, save_checkpoint
 from timm_ghn.training.config import PRESETS, TrainConfig
@@ -91,6 +92,68 @@ def test_a_resumed_run_equals_an_uninterrupted_one(uninterrupted: Path, tmp_path
         assert [row["step"] for row in csv.DictReader(file)] == ["3", "6"]
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_a_resumed_run_with_soap_equals_an_uninterrupted_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str
+) -> None:
+    """Over several changes of its bases."""
+    monkeypatch.setattr(optimizers, "_STEPS_A_BASIS", 2)
+    config = dataclasses.replace(CONFIG, optimizer="soap", network_clip=3.0, steps=9, schedule=schedule)
+    trainer(tmp_path / "whole", config).run()
+    trainer(tmp_path / "parts", config).run(until=4)
+    trainer(tmp_path / "parts", config, resume=True).run()
+    expected, found = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert expected.keys() == found.keys()
+    for name in expected:
+        assert torch.equal(expected[name], found[name]), name
+    moved = load_checkpoint(tmp_path / "whole" / "checkpoints")[0]["ghn"]
+    start = new_ghn(config.ghn, config.seed).state_dict()
+    assert not torch.equal(moved["decoder.conv.2.weight"], start["decoder.conv.2.weight"]), "kernels are optimised too"
+
+
+def test_a_cooldown_goes_on_from_a_run_of_open_length(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, optimizer="soap", schedule="constant", steps=None, warmup=0)
+    run = trainer(tmp_path / "run", config)
+    run.run(minutes=5, until=3)
+    assert run.learning_rate() == config.lr
+    before = weights(tmp_path / "run")
+    cold = dataclasses.replace(config, schedule="linear", steps=7)
+    cooldown = trainer(tmp_path / "cooldown", cold, cooldown_from=tmp_path / "run")
+    assert cooldown.step == 3 and cooldown.learning_rate() == config.lr
+    rates = []
+    for step in range(4, 7):
+        cooldown.run(until=step)
+        rates.append(cooldown.learning_rate() / config.lr)
+        cooldown = trainer(tmp_path / "cooldown", cold, resume=True)
+    assert rates == pytest.approx([0.75, 0.5, 0.25])
+    cooldown.run()
+    assert all(torch.equal(value, before[name]) for name, value in weights(tmp_path / "run").items())
+    other = dataclasses.replace(cold, meta_batch=4)
+    with pytest.raises(TrainingError, match="has meta_batch = 2, not 4"):
+        trainer(tmp_path / "other", other, cooldown_from=tmp_path / "run")
+
+
+def test_each_network_is_clipped_on_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network with a thousand times larger gradients weighs no more in the step than it does without."""
+    cross_entropy = torch.nn.functional.cross_entropy
+
+    def gradient(config: TrainConfig, factors: tuple[float, float]) -> torch.Tensor:
+        of_networks = iter(factors)
+        run = trainer(tmp_path, config)
+        pool = TaskPool(Schedule(config.architectures, 0, 2, 2, 1), range(2), 0, 3, SIZE, torch.device("cpu"), 0)
+        monkeypatch.setattr(run.optimizer, "step", lambda: None)
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer_module.F, "cross_entropy", lambda *a, **k: next(of_networks) * cross_entropy(*a, **k))
+            run.train_step(pool.tasks(0))
+        return run.gradient.clone()[:-5]
+
+    clipped = dataclasses.replace(CONFIG, network_clip=1e-3, clip=1e9)
+    even, uneven = gradient(clipped, (1.0, 1.0)), gradient(clipped, (1.0, 1000.0))
+    torch.testing.assert_close(even, uneven, rtol=1e-3, atol=1e-8)
+    free = dataclasses.replace(CONFIG, network_clip=None, clip=1e9)
+    assert gradient(free, (1.0, 1000.0)).norm() > 50 * gradient(free, (1.0, 1.0)).norm()
+
+
 def test_what_a_run_leaves(uninterrupted: Path) -> None:
     assert {path.name for path in uninterrupted.iterdir()} == {
         "checkpoints", "log.csv", "families.csv", "curves.png", "model.safetensors", "config.json", "README.md",
@@ -134,6 +197,8 @@ def test_starting_from_weights(uninterrupted: Path, tmp_path: Path) -> None:
     run = trainer(tmp_path, init=init)
     for name, value in run.ghn.state_dict().items():
         assert torch.equal(value, init.state_dict()[name])
+    meaning = dataclasses.replace(CONFIG, ghn=dataclasses.replace(CONFIG.ghn, branch_scale=0.5))
+    assert trainer(tmp_path, meaning, init=init).ghn.config.branch_scale == 0.5, "the same tensors may mean more"
     other = dataclasses.replace(CONFIG, ghn=dataclasses.replace(CONFIG.ghn, hid=16))
     with pytest.raises(TrainingError, match="differs in hid"):
         trainer(tmp_path, other, init=init)

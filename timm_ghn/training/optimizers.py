@@ -12,9 +12,8 @@ from timm_ghn.training.checkpoint import TrainingError
 
 OPTIMIZERS = ("soap", "adamw", "adam")
 
-# Matrices that are wider on both sides are preconditioned on neither: for GHN-2 that is the decoder's last map alone,
-# whose two projections and back take three times as long as all the rest of the step.
-_PRECONDITIONED_SIZE = 128
+# A side that is longer than this keeps its own basis, for whose change there would be more to compute than is learnt.
+_PRECONDITIONED_SIZE = 512
 _STEPS_A_BASIS = 25
 
 
@@ -44,9 +43,9 @@ def new_optimizer(
     class ExactSOAP(SOAP):
         """Keeps each basis in the one layout that a checkpoint has, so that resuming gives the same bits."""
 
-        def get_orthogonal_matrix_qr(self, *args: Any, **kwargs: Any) -> list[Any]:
-            bases = super().get_orthogonal_matrix_qr(*args, **kwargs)
-            return [basis.contiguous() if len(basis) else basis for basis in bases]
+        def update_pre_conditioner(self, grad: Tensor, state: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+            super().update_pre_conditioner(grad, state, *args, **kwargs)
+            state["Q"] = [basis.contiguous() if len(basis) else basis for basis in state["Q"]]
 
     return ExactSOAP(
         [_as_matrix(parameter) for parameter in parameters],
@@ -82,7 +81,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dic
                 # Where SOAP has no matrix, it has an empty list, and takes a tensor without elements as well.
                 tensors.update({f"{name}/{key}/{i}": torch.as_tensor(item) for i, item in enumerate(value)})
             else:
-                tensors[f"{name}/{key}"] = torch.as_tensor(value)
+                # A number of Python's has twice the digits of torch's default.
+                exact = torch.float64 if isinstance(value, float) else None
+                tensors[f"{name}/{key}"] = torch.as_tensor(value, dtype=exact)
     return tensors
 
 

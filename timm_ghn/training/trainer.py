@@ -65,9 +65,9 @@ class Trainer:
 
     The directory gets ``log.csv``, ``families.csv`` (validation and gradients' norms by family), ``curves.png``, the
     GHN with the best validation so far (``model.safetensors``, ``config.json``, ``README.md``), and ``checkpoints/``.
-    A run that resumes from there gets the same weights, bit for bit, as one that never stopped, as long as
-    ``config.steps`` rather than the clock drives the learning rate and the number of threads is the same: random numbers
-    are a function of the seed, the step and the place in the meta-batch.
+    A run that resumes from there gets the same weights, bit for bit, as one that never stopped, as long as the clock
+    does not drive the learning rate and the number of threads is the same: random numbers are a function of the seed,
+    the step and the place in the meta-batch.
 
     Under `torch.distributed` each process trains its share of the meta-batch.
 
@@ -112,10 +112,15 @@ class Trainer:
         _check_data(config, train, val)
         self.train, self.val = train.to(self.device), val.to(self.device)
 
-        if init is not None and init.config != config.ghn:
-            differing = [k for k, v in init.config.to_dict().items() if config.ghn.to_dict()[k] != v]
-            raise TrainingError(f"The weights to start from are another GHN's: it differs in {', '.join(differing)}.")
-        self.ghn = (new_ghn(config.ghn, config.seed) if init is None else copy.deepcopy(init)).to(self.device).train()
+        self.ghn = new_ghn(config.ghn, config.seed)
+        if init is not None:
+            if GHN.parameter_shapes(init.config) != GHN.parameter_shapes(config.ghn):
+                differing = [k for k, v in init.config.to_dict().items() if config.ghn.to_dict()[k] != v]
+                raise TrainingError(
+                    f"The weights to start from are another GHN's: it differs in {', '.join(differing)}."
+                )
+            self.ghn.load_state_dict(init.state_dict())
+        self.ghn.to(self.device).train()
         self.ema = copy.deepcopy(self.ghn).requires_grad_(False).eval()
         # Gradients are views of one tensor, with sums behind them that travel along: loss, correct predictions,
         # networks left out, the clock, and whether somebody wants to stop. One call then averages over processes, and
