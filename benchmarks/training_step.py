@@ -6,6 +6,9 @@ all copies of tiled parameters, in float32. Ours builds networks without memory,
 default, computes copies once (`timm_ghn.training.folding`, on the CPU), and in bfloat16 where the device is faster with
 it. What the GHN predicts is the same, and so is the work: as many images for each.
 
+With ``--against REVISION`` the script of that revision of this repository runs as well, in turns with this one, and the
+ratio of the two is printed: the same architectures, but each revision with its own optimiser and size of meta-batch.
+
 Times are those of one architecture in one step, the mean over all. On the CPU one thread computes, and its own time
 counts, so that a busy machine does not matter. Building and tracing count, although worker processes do most of it.
 """
@@ -16,6 +19,10 @@ import argparse
 import copy
 import json
 import os
+import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +45,7 @@ from timm_ghn.training.architectures import Architecture, architecture
 from timm_ghn.training.command import has_bf16
 from timm_ghn.training.config import TrainConfig
 from timm_ghn.training.folding import unfold
+from timm_ghn.training.optimizers import new_optimizer
 from timm_ghn.training.task import Prepared, Task, prepare
 from timm_ghn.training.trainer import new_ghn
 
@@ -79,9 +87,12 @@ def make_plain(ghn: GHN) -> GHN:
         weights += [gru.weight_ih, gru.weight_hh, gru.bias_ih, gru.bias_hh]
         return gated_gnn_reference(x, edges, *weights)
 
-    def decode_all(x: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
-        kernels = torch.cat([decode(state[None], decoder.max_shape) for state in x])
-        return kernels[:, : shape[0], : shape[1], : shape[2], : shape[3]]
+    def decode_all(states: list[Tensor], shapes: list[tuple[int, int, int, int]]) -> list[Tensor]:
+        kernels = [torch.cat([decode([state[None]], [decoder.max_shape])[0] for state in x]) for x in states]
+        return [
+            kernel[:, : shape[0], : shape[1], : shape[2], : shape[3]]
+            for kernel, shape in zip(kernels, shapes, strict=True)
+        ]
 
     gnn.forward, decoder.forward = pass_messages, decode_all
     return ghn
@@ -107,7 +118,7 @@ def train(
     plain: bool, clock: Clock,
 ) -> None:  # fmt: skip
     """One step, as in `Trainer.train_step`, with a clock."""
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none=False)
     with clock.stage("GHN forward"):
         predicted = ghn([task.graph for task in tasks])
     outputs, gradients = [], []
@@ -121,7 +132,11 @@ def train(
             (loss / len(tasks)).backward()
         used = [name for name, leaf in leaves.items() if leaf.grad is not None and tiles[name].requires_grad]
         outputs += [tiles[name] for name in used]
-        gradients += [leaves[name].grad for name in used]
+        own = [leaves[name].grad for name in used]
+        if not plain:
+            norm = float(torch.stack(torch._foreach_norm(own)).norm())
+            own = torch._foreach_mul(own, min(1.0, 3.0 / norm))
+        gradients += own
     with clock.stage("GHN backward"):
         torch.autograd.backward(outputs, gradients)
     with clock.stage("optimiser"):
@@ -134,7 +149,13 @@ def measure(found: list[Architecture], plain: bool, device: str, meta_batch: int
     ghn = new_ghn(GHNConfig(CLASSES), seed=0).to(device)
     if plain:
         ghn = make_plain(ghn)
-    optimizer = torch.optim.AdamW(ghn.parameters(), lr=1e-4, fused=not plain, foreach=False if plain else None)
+    for parameter in ghn.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = (
+        torch.optim.AdamW(ghn.parameters(), lr=1e-4, foreach=False)
+        if plain
+        else new_optimizer("soap", ghn.parameters(), lr=1e-4, betas=(0.95, 0.95), weight_decay=1e-2)
+    )
     bf16 = has_bf16(torch.device(device)) and not plain
     generator = torch.Generator(device).manual_seed(0)
     batches = [
@@ -160,13 +181,18 @@ def main() -> None:
     parser.add_argument("--sources", nargs="*", default=["timm", "deepnets"], help="of architectures: timm, deepnets")
     parser.add_argument("--architectures", type=int, default=16, help="of each source (default: %(default)s)")
     parser.add_argument("--plain-architectures", type=int, default=4, help="for the plain one (default: %(default)s)")
-    parser.add_argument("--meta-batch", type=int, default=2, help="architectures a step (default: %(default)s)")
+    parser.add_argument("--meta-batch", type=int, default=4, help="architectures a step (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="images for each (default: %(default)s)")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results", help="where to write (default: %(default)s)"
     )
+    parser.add_argument("--against", metavar="REVISION", help="also run the script of this revision, and compare")
+    parser.add_argument("--rounds", type=int, default=3, help="of this comparison (default: %(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.against:
+        compare(arguments)
+        return
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
     rows: list[dict[str, Any]] = []
@@ -189,6 +215,35 @@ def main() -> None:
     console.print(f"{report['machine']}\n{arguments.batch_size} images an architecture, milliseconds")
     for source in arguments.sources:
         console.print(table(source, [row for row in rows if row["source"] == source]))
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Runs a revision's script and this one in turns; prints the median times and their ratio."""
+    here = Path(__file__).resolve().parent.parent
+    times: dict[str, dict[str, list[float]]] = {source: {"before": [], "now": []} for source in arguments.sources}
+    with tempfile.TemporaryDirectory() as folder:
+        before = Path(folder) / "before"
+        git = ["git", "-C", str(here)]
+        subprocess.run([*git, "worktree", "add", "--quiet", "--detach", str(before), arguments.against], check=True)
+        try:
+            for _ in tqdm(range(arguments.rounds), desc="rounds"):
+                for kind, root in (("before", before), ("now", here)):
+                    command = [sys.executable, str(root / "benchmarks" / "training_step.py"), "--out", folder]
+                    command += ["--architectures", str(arguments.architectures), "--plain-architectures", "1"]
+                    command += ["--sources", *arguments.sources]
+                    environment = {**os.environ, "PYTHONPATH": str(root), "CUDA_VISIBLE_DEVICES": ""}
+                    subprocess.run(command, check=True, env=environment, capture_output=True)
+                    for row in json.loads((Path(folder) / "training_step.json").read_text())["seconds"]:
+                        times[row["source"]][kind].append(total(row["ours"], "all"))
+        finally:
+            subprocess.run([*git, "worktree", "remove", "--force", str(before)], check=True)
+    result = Table("architectures", f"{arguments.against}, ms", "now, ms", "ratio", title=machine())
+    for source, kinds in times.items():
+        earlier, now = (1e3 * statistics.median(kinds[kind]) for kind in ("before", "now"))
+        result.add_row(f"{source}'s kind", f"{earlier:.1f}", f"{now:.1f}", f"{earlier / now:.2f}×")
+    Console(width=110).print(result)
+    report = {"machine": machine(), "against": arguments.against, "seconds": times}
+    (arguments.out / "training_step_against.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 def table(source: str, rows: list[dict[str, Any]]) -> Table:
