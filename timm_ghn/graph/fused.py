@@ -289,7 +289,7 @@ class _OperandFinder:
         return found
 
     def _merged(self, key: str | int, found: list[_Rows]) -> _Rows:
-        """The rows of an elementwise function of several tensors; one that is not told apart is a factor of the others."""
+        """The rows of an elementwise function of several tensors; those not told apart are factors of the others."""
         exact = [rows for rows in found if isinstance(rows, Tensor)]
         if exact and all(rows is exact[0] or torch.equal(rows, exact[0]) for rows in exact[1:]):
             return exact[0]
@@ -297,18 +297,16 @@ class _OperandFinder:
 
     def _moved(self, key: str | int, function: Function, rows: _Rows) -> _Rows:
         """The rows of a function's output from those of its input."""
-        if isinstance(rows, np.ndarray):
+        if isinstance(rows, np.ndarray) or function.op in _PARTS:  # whose parts are taken where they are read
             return rows
-        if function.op in _PARTS:  # the part is taken where it is read
-            return rows
-        shape = function.shape
+        shape, dims = function.shape, rows.ndim
         if move := _MOVES.get(function.op):
             moved = move(rows, function.saved, shape)
             return moved if moved.shape == shape else self._among(key, rows)
-        if all(a in (1, b) for a, b in zip(reversed(rows.shape), reversed(shape), strict=False)) and rows.ndim <= len(shape):
+        if dims <= len(shape) and all(a in (1, b) for a, b in zip(rows.shape[::-1], shape[::-1], strict=False)):
             return rows.expand(shape)
-        if rows.ndim == len(shape) and rows.shape[:2] == shape[:2] and not any(_varies(rows, d) for d in range(2, rows.ndim)):
-            return rows[(..., *(slice(1),) * (rows.ndim - 2))].expand(shape)  # positions changed, channels did not
+        if dims == len(shape) and rows.shape[:2] == shape[:2] and not any(_varies(rows, d) for d in range(2, dims)):
+            return rows[(..., *(slice(1),) * (dims - 2))].expand(shape)  # positions changed, channels did not
         return self._among(key, rows)
 
     def _joined(self, key: str | int, function: Function, found: list[_Rows | None]) -> _Rows:
@@ -327,7 +325,6 @@ class _OperandFinder:
                 blank = exact[0].new_full((), -1).expand(size)
                 return torch.cat([blank if rows is None else rows for rows in found], dim)
         return np.any([self._among(key, rows) for rows in found if rows is not None], axis=0)
-
 
 
 def regular(labels: Sequence[str]) -> Operands | None:
