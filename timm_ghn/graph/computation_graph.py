@@ -34,7 +34,7 @@ class Part(NamedTuple):
     """Neighbouring rows of a parameter.
 
     Attributes:
-        operand: What an attention reads them as: ``"q"``, ``"k"``, ``"v"``, several of these, or ``""`` for no such use.
+        operand: What an attention reads them as: ``"q"``, ``"k"``, ``"v"``, several of these, or ``""`` for none.
         rows: How many there are.
     """
 
@@ -130,7 +130,7 @@ class ComputationGraph:
         """
         if all(len(operands.parts) == 1 for operands in self.operands.values()):
             return self
-        real: list[tuple[int, int]] = [tuple(edge) for edge in self.edges[self.edges[:, 2] == 1, :2].tolist()]
+        real: list[tuple[int, int]] = list(map(tuple, self.edges[self.edges[:, 2] == 1, :2].tolist()))
         chains = bias_chains(self.ops, self.names, real, self.operands)
         position = {node: (chain, place) for chain in chains for place, node in enumerate(chain)}
 
@@ -138,10 +138,10 @@ class ComputationGraph:
         origin: list[int] = []
         made: list[dict[str, int]] = []  # for each node, by operand, what it becomes
         for node, name in enumerate(self.names):
-            operands = self.operands.get(name, Operands((Part("", 0),)))
-            made.append({part.operand: len(names) + i for i, part in enumerate(operands.parts)})
-            names += operands.names(name)
-            origin += [node] * len(operands.parts)
+            use = self.operands.get(name, Operands((Part("", 0),)))
+            made.append({part.operand: len(names) + i for i, part in enumerate(use.parts)})
+            names += use.names(name)
+            origin += [node] * len(use.parts)
 
         def sources(node: int, wanted: Sequence[str] | None) -> list[int]:
             if node not in position:
@@ -153,14 +153,12 @@ class ComputationGraph:
                 found.append(next(made[n][operand] for n in reversed(chain[: place + 1]) if operand in made[n]))
             return found
 
-        edges = []
+        edges: list[tuple[int, int]] = []
         for source, target in real:
-            chain, place = position.get(target, ((), 0))
-            if place:
-                edges += [(*sources(source, [operand]), new) for operand, new in made[target].items()]
-            else:
-                feeding = sources(source, self.readers.get((source, target)))
-                edges += [(old, new) for old in feeding for new in made[target].values()]
+            is_bias_in_chain = target in position and target != position[target][0][0]
+            for operand, new in made[target].items():
+                wanted = [operand] if is_bias_in_chain else self.readers.get((source, target))
+                edges += [(old, new) for old in sources(source, wanted)]
         operands = {
             new: Operands((Part(part.operand, part.rows * whole.blocks),))
             for name, whole in self.operands.items()

@@ -12,7 +12,7 @@ second with the result of the first. Keys are the operand both of whose dimensio
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -161,9 +161,7 @@ class _OperandFinder:
         source = function.inputs[slot]
         return source is not None and self.frontier[source] is not None
 
-    def _product(
-        self, index: int, slots: tuple[int, ...], sides: dict[int, tuple[_Streams, _Streams]]
-    ) -> _Streams:
+    def _product(self, index: int, slots: tuple[int, ...], sides: dict[int, tuple[_Streams, _Streams]]) -> _Streams:
         function = self.tape[index]
         operands = [self._input(index, slot) for slot in slots]
         if len(slots) == 3:
@@ -187,12 +185,10 @@ class _OperandFinder:
                 self._label(first if last else second, "q" if queries_first else "v")
                 self._label(operands[1 - side], "v" if queries_first else "q")
                 followed = True
-            if self.attention[source] is not None and not followed:
-                self._label(operands[1 - side], "v")
         if followed:
             return {}
         sides[index] = operands[0], operands[1]
-        return {index: torch.arange(function.shape[-1], dtype=torch.int32).expand(function.shape)}
+        return {index: _numbered(function.shape, -1)}
 
     def _label(self, streams: _Streams, operand: str) -> None:
         for name, rows in streams.items():
@@ -247,8 +243,7 @@ class _OperandFinder:
         name = self.leaf_names[index]
         if name is not None:
             size = self.parameters[name].shape
-            rows = torch.arange(size[0] if size else 1, dtype=torch.int32).view(-1, *(1,) * (len(size) - 1))
-            return {name: rows.expand(size)} if len(size) else {}
+            return {name: _numbered(size, 0)} if len(size) else {}
         inputs = [self._input(index, slot) for slot in range(len(function.inputs))]
         if index in self.weighted:
             return self._weighted(index, function, inputs)
@@ -263,7 +258,7 @@ class _OperandFinder:
                 for slot, streams in enumerate(inputs)
                 if self._is_data(function, slot)
             ]
-            if any(a.isdisjoint(b) for a, b in zip(names, names[1:], strict=False)):
+            if any(a.isdisjoint(b) for a, b in pairwise(names)):
                 # A sum of things of different origin, such as a residual connection, is neither of them.
                 keys = [key for key in keys if isinstance(key, int)]
         return {
@@ -306,7 +301,7 @@ class _OperandFinder:
         if dims <= len(shape) and all(a in (1, b) for a, b in zip(rows.shape[::-1], shape[::-1], strict=False)):
             return rows.expand(shape)
         if dims == len(shape) and rows.shape[:2] == shape[:2] and not any(_varies(rows, d) for d in range(2, dims)):
-            return rows[(..., *(slice(1),) * (dims - 2))].expand(shape)  # positions changed, channels did not
+            return rows[tuple(slice(1 if d > 1 else None) for d in range(dims))].expand(shape)  # only positions changed
         return self._among(key, rows)
 
     def _joined(self, key: str | int, function: Function, found: list[_Rows | None]) -> _Rows:
@@ -316,14 +311,14 @@ class _OperandFinder:
             dim = _signed(function.saved._saved_dim)
             if function.op == "Stack":
                 blank = exact[0].new_full((), -1).expand(exact[0].shape)
-                return torch.stack([blank if rows is None else rows for rows in found], dim)
+                return torch.stack([rows if isinstance(rows, Tensor) else blank for rows in found], dim)
             missing = len(found) - len(exact)
             size = list(exact[0].shape)
             room = function.shape[dim] - sum(rows.shape[dim] for rows in exact)
             if missing < 2 or room % missing == 0:
                 size[dim] = room // max(1, missing)
                 blank = exact[0].new_full((), -1).expand(size)
-                return torch.cat([blank if rows is None else rows for rows in found], dim)
+                return torch.cat([rows if isinstance(rows, Tensor) else blank for rows in found], dim)
         return np.any([self._among(key, rows) for rows in found if rows is not None], axis=0)
 
 
@@ -339,6 +334,12 @@ def regular(labels: Sequence[str]) -> Operands | None:
         if len(runs) % size == 0 and runs == runs[:size] * (len(runs) // size):
             return Operands(tuple(runs[:size]), len(runs) // size) if size > 1 or len(labels[0]) == 1 else None
     return None
+
+
+def _numbered(shape: Size, dim: int) -> Tensor:
+    """A tensor that holds each element's place along one dimension, with memory for that dimension only."""
+    places = torch.arange(shape[dim], dtype=torch.int32, device="cpu")  # whatever device is the default
+    return places.view([-1 if d == dim % len(shape) else 1 for d in range(len(shape))]).expand(shape)
 
 
 def _keys(inputs: list[_Streams]) -> list[str | int]:
@@ -379,7 +380,7 @@ def _dims(numbers: Sequence[int]) -> list[int]:
 def _sliced(rows: Tensor, saved: Any, shape: Size) -> Tensor:
     dim, start = _signed(saved._saved_dim), _signed(saved._saved_start)
     start = max(0, start + rows.shape[dim]) if start < 0 else start
-    index = torch.arange(start, rows.shape[dim], saved._saved_step)[: shape[dim]]
+    index = torch.arange(start, rows.shape[dim], saved._saved_step, device="cpu")[: shape[dim]]
     return rows.index_select(dim, index) if saved._saved_step != 1 else rows.narrow(dim, start, shape[dim])
 
 
@@ -403,7 +404,7 @@ _MOVES: dict[str, _Move] = {
         _signed(saved._saved_dimension), saved._saved_size, saved._saved_step
     ),
 }  # fmt: skip
-_PARTS: dict[str, _Move] = {
+_PARTS: dict[str, Callable[[Tensor, Any, int], Tensor]] = {
     "Unbind": lambda rows, saved, part: rows.select(_signed(saved._saved_dim), part),
     "Split": lambda rows, saved, part: rows.split(saved._saved_split_size, _signed(saved._saved_dim))[part],
     "SplitWithSizes": lambda rows, saved, part: rows.split(

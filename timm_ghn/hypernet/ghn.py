@@ -132,7 +132,8 @@ class GHN(
         Returns:
             For each graph, parameter name to *tile*: a normalised tensor with the parameter's number of dimensions, as
             large as the parameter or, where the parameter exceeds `max_shape`, the part of which it is made of copies
-            (`timm_ghn.assign.tile`). That of a fused projection that was predicted in parts has all rows. A norm's bias comes with its weight, whether or not the norm has one.
+            (`timm_ghn.assign.tile`). That of a fused projection that was predicted in parts has all rows. A norm's bias
+            comes with its weight, whether or not the norm has one.
         """
         if not graphs:
             return []
