@@ -263,11 +263,13 @@ def test_multihead_attention_with_keys_from_elsewhere() -> None:
 
 
 def test_regular() -> None:
-    assert regular(["q", "q", "k", "v"]) == Operands((Part("q", 2), Part("k", 1), Part("v", 1)))
-    assert regular(["q", "k"] * 3) == Operands((Part("q", 1), Part("k", 1)), 3)
-    assert regular(["q"] * 5) == Operands((Part("q", 5),))
-    assert regular(["q", "k", "q"]) is None
-    assert regular(["qkv"] * 3) is None
+    q, k, v, qkv = Part("q", 2), Part("k", 1), Part("v", 1), Part("qkv", 9)
+    assert regular([q, k, v]) == Operands((q, k, v))
+    assert regular([q, k] * 3) == Operands((q, k), 3)
+    assert regular([q]) == Operands((q,))
+    assert regular([q, k, Part("q", 3)]) is None
+    assert regular([q, k, Part("q", 3), k]) is None
+    assert regular([qkv]) is None
     assert regular([]) is None
 
 

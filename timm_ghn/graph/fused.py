@@ -11,8 +11,9 @@ second with the result of the first. Keys are the operand both of whose dimensio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from itertools import groupby, pairwise
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,8 @@ MATMULS = frozenset({"Bmm", "Baddbmm", "Mm"})
 _USES = tuple("".join(letter for bit, letter in enumerate("qkv") if bits >> bit & 1) for bits in range(8))
 
 # The rows that a tensor's elements come from: for each element its row (-1: none), or, where the elements are not told
-# apart, for each row whether it is among them.
+# apart, for each row whether it is among them. The former has memory only for dimensions along which rows differ, of
+# which positions are none: their stride is 0, and is kept so.
 _Rows = Tensor | np.ndarray
 # By what they are rows of: a parameter, or the function of a product, whose last dimension counts as its rows.
 _Streams = dict[str | int, _Rows]
@@ -64,34 +66,17 @@ def operands_and_readers(
     }
     readers: dict[tuple[int, int], tuple[str, ...]] = {}
     for chain in bias_chains(ops, names, edges, found):
-        name, members = names[chain[0]], frozenset(chain)
-        order = [part.operand for part in found[name].parts]
-
-        def read(
-            index: int, wanted: frozenset[int], name: str = name, members: frozenset[int] = members,
-            all_: frozenset[str] = frozenset(order),
-        ) -> frozenset[str]:  # fmt: skip
-            """As what a function reads rows that come to it through these nodes."""
-            if name in weighted.get(index, ()):
-                return all_
-            told: set[str] = set()
-            for slot, source in enumerate(tape[index].inputs):
-                if source is not None and wanted & (frontier[source] or frozenset()):
-                    known = finder.read_as(index, slot, name)
-                    told |= read(source, members) if known is None else known
-            return frozenset(told)
-
-        told_apart = {
-            edge: told
+        order = [part.operand for part in found[names[chain[0]]].parts]
+        read = {
+            edge: frozenset().union(*finder.read_by(functions, edge[0], chain, names[chain[0]]))
             for edge, functions in edges.items()
-            if edge[0] in members and edge[1] not in members
-            for told in [frozenset().union(*(read(index, frozenset(edge[:1])) for index in functions))]
+            if edge[0] in chain and edge[1] not in chain
         }
-        if frozenset().union(*told_apart.values()).issuperset(order):
+        if frozenset().union(*read.values()).issuperset(order):
             readers |= {
-                edge: tuple(operand for operand in order if operand in told)
-                for edge, told in told_apart.items()
-                if told and len(told) < len(order)
+                edge: tuple(operand for operand in order if operand in some)
+                for edge, some in read.items()
+                if 0 < len(some) < len(order)
             }
     return found, readers
 
@@ -115,7 +100,7 @@ class _OperandFinder:
         self.leaf_names = leaf_names
         self.parameters = parameters
         self.labels: dict[str, np.ndarray] = {}  # parameter -> for each row, the operands that it is read as, as bits
-        self.streams: list[_Streams] = [{} for _ in tape]
+        self.streams: list[_Streams] = [{}] * len(tape)
 
         products = {index: slots for index in range(len(tape)) if (slots := self._operand_slots(index))}
         needed = self._needed(products)
@@ -126,16 +111,41 @@ class _OperandFinder:
             elif needed[index]:
                 self.streams[index] = self._carried(index, function)
 
-    def uses(self, name: str) -> list[str]:
-        """For each row of a parameter, the operands that it is read as; empty if none is."""
-        return [_USES[bits] for bits in self.labels.get(name, ())]
+    def uses(self, name: str) -> list[Part]:
+        """The rows of a parameter in runs of the same use; empty if none has any."""
+        if (labels := self.labels.get(name)) is None:
+            return []
+        bounds = [0, *(np.flatnonzero(np.diff(labels)) + 1).tolist(), len(labels)]
+        return [Part(_USES[labels[start]], end - start) for start, end in pairwise(bounds)]
 
-    def read_as(self, index: int, slot: int, name: str) -> frozenset[str] | None:
-        """As which operands the rows of a parameter are read that come in at a slot of a function; None if unknown."""
-        rows = self._input(index, slot).get(name)
-        if rows is None:
-            return None
-        return frozenset(_USES[bits] for bits in np.unique(self.labels[name][self._among(name, rows)]))
+    def read_by(self, functions: list[int], node: int, chain: list[int], name: str) -> list[frozenset[str]]:
+        """As which operands each function reads a parameter's rows, of those that reach it through a node.
+
+        Args:
+            functions: Positions in the tape.
+            node: The parameter's, or that of a bias behind it.
+            chain: Its node and those of the biases.
+            name: The parameter.
+        """
+        seen: dict[int, frozenset[str]] = {}
+
+        def through(index: int, nodes: frozenset[int]) -> frozenset[str]:
+            if name in self.weighted.get(index, ()):
+                return frozenset(part.operand for part in self.uses(name))
+            read: frozenset[str] = frozenset()
+            for slot, source in enumerate(self.tape[index].inputs):
+                if source is None or nodes.isdisjoint(self.frontier[source] or ()):
+                    continue
+                rows = self._input(index, slot).get(name)
+                if rows is not None:
+                    read |= {_USES[bits] for bits in np.unique(self.labels[name][self._among(name, rows)])}
+                else:  # not on the way to a product: what comes from there is all that goes in there
+                    if source not in seen:
+                        seen[source] = through(source, frozenset(chain))
+                    read |= seen[source]
+            return read
+
+        return [through(index, frozenset({node})) for index in functions]
 
     def _among(self, key: str | int, rows: _Rows) -> np.ndarray:
         """For each row whether it is among these."""
@@ -143,7 +153,7 @@ class _OperandFinder:
             return rows
         size = len(self.parameters[key]) if isinstance(key, str) else self.tape[key].shape[-1]
         among = np.zeros(size + 1, dtype=bool)  # the last for -1
-        among[rows[tuple(slice(None) if stride else slice(1) for stride in rows.stride())].numpy()] = True
+        among[_thin(rows).numpy()] = True
         return among[:-1]
 
     # ---- products ---------------------------------------------------------------------------------------------------
@@ -271,11 +281,11 @@ class _OperandFinder:
         channels = 1 if function.op == "Convolution" else len(shape) - 1
         for slot, streams in enumerate(inputs):
             if self._is_data(function, slot):
-                heads = torch.Size(shape).numel() if self._may_mix_heads(index) else 0
+                heads = math.prod(shape) if self._may_mix_heads(index) else 0
                 for key, rows in streams.items():
                     if isinstance(key, str) and self._keeps_channels(function):
                         found[key] = self._moved(key, function, rows)
-                    elif isinstance(key, int) and heads == torch.Size(self.tape[key].shape).numel():
+                    elif isinstance(key, int) and heads == math.prod(self.tape[key].shape):
                         found[key] = self._among(key, rows)
                 continue
             for key, rows in streams.items():
@@ -285,8 +295,10 @@ class _OperandFinder:
 
     def _merged(self, key: str | int, found: list[_Rows]) -> _Rows:
         """The rows of an elementwise function of several tensors; those not told apart are factors of the others."""
+        if len(found) == 1:
+            return found[0]
         exact = [rows for rows in found if isinstance(rows, Tensor)]
-        if exact and all(rows is exact[0] or torch.equal(rows, exact[0]) for rows in exact[1:]):
+        if exact and all(rows is exact[0] or torch.equal(*_thin_together(rows, exact[0])) for rows in exact[1:]):
             return exact[0]
         return np.any([self._among(key, rows) for rows in found], axis=0)
 
@@ -307,32 +319,33 @@ class _OperandFinder:
     def _joined(self, key: str | int, function: Function, found: list[_Rows | None]) -> _Rows:
         """The rows of a concatenation; an input without any is as long as the others leave room for."""
         exact = [rows for rows in found if isinstance(rows, Tensor)]
-        if len(exact) + sum(rows is None for rows in found) == len(found):
+        missing = sum(rows is None for rows in found)
+        if len(exact) + missing == len(found):
             dim = _signed(function.saved._saved_dim)
-            if function.op == "Stack":
-                blank = exact[0].new_full((), -1).expand(exact[0].shape)
-                return torch.stack([rows if isinstance(rows, Tensor) else blank for rows in found], dim)
-            missing = len(found) - len(exact)
             size = list(exact[0].shape)
-            room = function.shape[dim] - sum(rows.shape[dim] for rows in exact)
-            if missing < 2 or room % missing == 0:
+            room = 0
+            if function.op == "Cat":
+                room = function.shape[dim] - sum(rows.shape[dim] for rows in exact)
                 size[dim] = room // max(1, missing)
+            if missing < 2 or room % missing == 0:
                 blank = exact[0].new_full((), -1).expand(size)
-                return torch.cat([rows if isinstance(rows, Tensor) else blank for rows in found], dim)
+                keep = (dim,) if function.op == "Cat" else ()
+                pieces = _thin_together(*(rows if isinstance(rows, Tensor) else blank for rows in found), keep=keep)
+                join = torch.cat if function.op == "Cat" else torch.stack
+                return join(pieces, dim).expand(function.shape)
         return np.any([self._among(key, rows) for rows in found if rows is not None], axis=0)
 
 
-def regular(labels: Sequence[str]) -> Operands | None:
-    """Rows with these uses as the shortest list of parts of which they are repetitions.
+def regular(runs: list[Part]) -> Operands | None:
+    """Neighbouring rows of these uses as the shortest list of parts of which they are repetitions.
 
     None if no row has a single use, or if a use has several parts in a repetition.
     """
-    runs = [Part(label, len(list(group))) for label, group in groupby(labels)]
     for size in range(1, len(runs) + 1):
         if len({part.operand for part in runs[:size]}) < size:
             return None
         if len(runs) % size == 0 and runs == runs[:size] * (len(runs) // size):
-            return Operands(tuple(runs[:size]), len(runs) // size) if size > 1 or len(labels[0]) == 1 else None
+            return Operands(tuple(runs[:size]), len(runs) // size) if size > 1 or len(runs[0].operand) == 1 else None
     return None
 
 
@@ -347,8 +360,21 @@ def _keys(inputs: list[_Streams]) -> list[str | int]:
 
 
 def _varies(rows: Tensor, dim: int) -> bool:
-    first = rows.narrow(dim, 0, 1)
-    return rows.stride(dim) != 0 and not torch.equal(first.expand_as(rows), rows)
+    rows = _thin(rows)
+    return rows.shape[dim] > 1 and not torch.equal(rows.narrow(dim, 0, 1).expand_as(rows), rows)
+
+
+def _thin(rows: Tensor, keep: Iterable[int] = ()) -> Tensor:
+    """Without the dimensions that have no memory, except for those to keep."""
+    (thin,) = _thin_together(rows, keep=keep)
+    return thin
+
+
+def _thin_together(*tensors: Tensor, keep: Iterable[int] = ()) -> list[Tensor]:
+    """Likewise, for tensors of as many dimensions, without those that none has memory for."""
+    dims = range(tensors[0].ndim)
+    kept = {dim % len(dims) for dim in keep} | {d for d in dims for rows in tensors if rows.stride(d)}
+    return [rows[tuple(slice(None) if d in kept else slice(1) for d in dims)] for rows in tensors]
 
 
 def _by_channel(function: Function, slot: int, rows: Tensor) -> Tensor | None:
@@ -377,29 +403,66 @@ def _dims(numbers: Sequence[int]) -> list[int]:
     return [_signed(number) for number in numbers]
 
 
+def _viewed(rows: Tensor, _: Any, shape: Size) -> Tensor:
+    """In another shape, without memory for what still has none."""
+    if rows.numel() != math.prod(shape):
+        return rows.expand(shape)
+    try:
+        return rows.view(shape)
+    except RuntimeError:  # dimensions with and without memory become one, of which there is to be no more than needed
+        pass
+    thin_source: list[slice] = []
+    thin_target: list[int] = []
+    source = target = 0
+    while source < rows.ndim or target < len(shape):
+        # The next dimensions of both that have equally many elements.
+        first, begin, have, want = source, target, 1, 1
+        while (source == first and target == begin) or have != want:
+            if source < rows.ndim and (have <= want or target == len(shape)):
+                have, source = have * rows.shape[source], source + 1
+            else:
+                want, target = want * shape[target], target + 1
+        constant = all(rows.shape[d] == 1 or not rows.stride(d) for d in range(first, source))
+        thin_source += [slice(1) if constant else slice(None)] * (source - first)
+        thin_target += [1] * (target - begin) if constant else shape[begin:target]
+    return rows[tuple(thin_source)].reshape(thin_target).expand(shape)
+
+
 def _sliced(rows: Tensor, saved: Any, shape: Size) -> Tensor:
-    dim, start = _signed(saved._saved_dim), _signed(saved._saved_start)
+    dim, start = _signed(saved._saved_dim) % rows.ndim, _signed(saved._saved_start)
     start = max(0, start + rows.shape[dim]) if start < 0 else start
-    index = torch.arange(start, rows.shape[dim], saved._saved_step, device="cpu")[: shape[dim]]
-    return rows.index_select(dim, index) if saved._saved_step != 1 else rows.narrow(dim, start, shape[dim])
+    cut = slice(start, start + shape[dim] * saved._saved_step, saved._saved_step)
+    return rows[tuple(cut if d == dim else slice(None) for d in range(rows.ndim))]
+
+
+def _padded(rows: Tensor, saved: Any, shape: Size) -> Tensor:
+    pad = _dims(saved._saved_pad)
+    keep = [rows.ndim - 1 - place // 2 for place, size in enumerate(pad) if size]
+    return nn.functional.pad(_thin(rows, keep), pad, value=-1).expand(shape)
+
+
+def _repeated(rows: Tensor, saved: Any, shape: Size) -> Tensor:
+    repeats = saved._saved_repeats
+    rows = rows[(None,) * (len(repeats) - rows.ndim)]
+    return _thin(rows, [d for d, times in enumerate(repeats) if times > 1]).repeat(repeats).expand(shape)
 
 
 _Move = Callable[[Tensor, Any, Size], Tensor]
 _MOVES: dict[str, _Move] = {
     **dict.fromkeys(
-        ("View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Expand"), lambda rows, _, shape: (
-            rows.reshape(shape) if rows.numel() == torch.Size(shape).numel() else rows.expand(shape)
-        )
+        ("View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Expand"), _viewed
     ),
     "T": lambda rows, *_: rows.t(),
     "Transpose": lambda rows, saved, _: rows.transpose(_signed(saved._saved_dim0), _signed(saved._saved_dim1)),
     "Permute": lambda rows, saved, _: rows.permute(_dims(saved._saved_dims)),
     "Select": lambda rows, saved, _: rows.select(_signed(saved._saved_dim), _signed(saved._saved_index)),
     "Slice": _sliced,
-    "Repeat": lambda rows, saved, _: rows.repeat(saved._saved_repeats),
-    "Roll": lambda rows, saved, _: rows.roll(_dims(saved._saved_shifts), _dims(saved._saved_dims)),
-    "Flip": lambda rows, saved, _: rows.flip(_dims(saved._saved_dims)),
-    "ConstantPadNd": lambda rows, saved, _: nn.functional.pad(rows, _dims(saved._saved_pad), value=-1),
+    "Repeat": _repeated,
+    "Roll": lambda rows, saved, shape: _thin(rows, _dims(saved._saved_dims) or range(rows.ndim)).roll(
+        _dims(saved._saved_shifts), _dims(saved._saved_dims)
+    ).expand(shape),
+    "Flip": lambda rows, saved, shape: _thin(rows).flip(_dims(saved._saved_dims)).expand(shape),
+    "ConstantPadNd": _padded,
     "Unfold": lambda rows, saved, _: rows.unfold(
         _signed(saved._saved_dimension), saved._saved_size, saved._saved_step
     ),
