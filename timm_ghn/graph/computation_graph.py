@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
+
+from .shortest_paths import with_virtual_edges
 
 PRIMITIVES = (
     "max_pool", "avg_pool", "sep_conv", "dil_conv", "conv", "msa", "cse", "sum",
@@ -25,6 +30,34 @@ POSITION_BIAS = "relative position bias"
 """Why a table that is added to attention's logits has no node; likewise."""
 
 
+class Part(NamedTuple):
+    """Neighbouring rows of a parameter.
+
+    Attributes:
+        operand: What an attention reads them as: ``"q"``, ``"k"``, ``"v"``, several of these, or ``""`` for none.
+        rows: How many there are.
+    """
+
+    operand: str
+    rows: int
+
+
+class Operands(NamedTuple):
+    """What an attention reads the rows of a parameter as.
+
+    Attributes:
+        parts: From the first row on, no operand twice.
+        blocks: How often the parts are repeated; above 1 where each head has its own queries, keys and values.
+    """
+
+    parts: tuple[Part, ...]
+    blocks: int = 1
+
+    def names(self, name: str) -> list[str]:
+        """Names of the nodes that the parts of a parameter have in `ComputationGraph.untied`."""
+        return [f"{name}[{part.operand}]" for part in self.parts] if len(self.parts) > 1 else [name]
+
+
 @dataclass(frozen=True)
 class ComputationGraph:
     """A network's computation as a directed acyclic graph in topological order; node 0 is the input.
@@ -37,6 +70,9 @@ class ComputationGraph:
             is the shortest path's length (arXiv 2110.13100, §3.2.2).
         head: Names of the parameters of the classification layer (weight, then bias); empty without one.
         kept: Parameters that have no node and are not a norm's bias, each with the reason.
+        operands: The weights and biases that make operands of an attention. A fused projection has several parts.
+        readers: Edges (source, target) from a fused projection, or the bias behind it, whose target reads a few of its
+            parts only, with the operands that these are.
     """
 
     ops: list[str]
@@ -45,6 +81,8 @@ class ComputationGraph:
     edges: torch.Tensor
     head: tuple[str, ...] = ()
     kept: dict[str, str] = field(default_factory=dict)
+    operands: dict[str, Operands] = field(default_factory=dict)
+    readers: dict[tuple[int, int], tuple[str, ...]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ops)
@@ -63,13 +101,13 @@ class ComputationGraph:
             "edges": real.tolist(),
             "head": list(self.head),
             "kept": self.kept,
+            "operands": self.operands,
+            "readers": [[*edge, *operands] for edge, operands in self.readers.items()],
         }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ComputationGraph:
         """Inverse of `to_dict`."""
-        from .shortest_paths import with_virtual_edges
-
         return cls(
             ops=list(data["ops"]),
             names=list(data["names"]),
@@ -77,4 +115,95 @@ class ComputationGraph:
             edges=with_virtual_edges(len(data["ops"]), [tuple(edge) for edge in data["edges"]]),
             head=tuple(data["head"]),
             kept=dict(data["kept"]),
+            operands={
+                name: Operands(tuple(Part(*part) for part in parts), blocks)
+                for name, (parts, blocks) in data["operands"].items()
+            },
+            readers={(source, target): tuple(operands) for source, target, *operands in data["readers"]},
         )
+
+    @cached_property
+    def untied(self) -> ComputationGraph:
+        """The graph with a node for each part of a fused projection, where it has one for the whole.
+
+        The weight of a part has the bias of its own rows behind it, and the readers of these rows behind that.
+        """
+        if all(len(operands.parts) == 1 for operands in self.operands.values()):
+            return self
+        real: list[tuple[int, int]] = list(map(tuple, self.edges[self.edges[:, 2] == 1, :2].tolist()))
+        chains = bias_chains(self.ops, self.names, real, self.operands)
+        position = {node: (chain, place) for chain in chains for place, node in enumerate(chain)}
+
+        names: list[str] = []
+        origin: list[int] = []
+        made: list[dict[str, int]] = []  # for each node, by operand, what it becomes
+        for node, name in enumerate(self.names):
+            use = self.operands.get(name, Operands((Part("", 0),)))
+            made.append({part.operand: len(names) + i for i, part in enumerate(use.parts)})
+            names += use.names(name)
+            origin += [node] * len(use.parts)
+
+        def sources(node: int, wanted: Sequence[str] | None) -> list[int]:
+            if node not in position:
+                return list(made[node].values())
+            chain, place = position[node]
+            found = []
+            for operand in made[chain[0]] if wanted is None else wanted:
+                # Where a bias has no rows for this operand, the weight or bias before it is the last of its chain.
+                found.append(next(made[n][operand] for n in reversed(chain[: place + 1]) if operand in made[n]))
+            return found
+
+        edges: list[tuple[int, int]] = []
+        for source, target in real:
+            is_bias_in_chain = target in position and target != position[target][0][0]
+            for operand, new in made[target].items():
+                wanted = [operand] if is_bias_in_chain else self.readers.get((source, target))
+                edges += [(old, new) for old in sources(source, wanted)]
+        operands = {
+            new: Operands((Part(part.operand, part.rows * whole.blocks),))
+            for name, whole in self.operands.items()
+            for new, part in zip(whole.names(name), whole.parts, strict=True)
+        }
+        shapes = [self.shapes[node] for node in origin]
+        for i, (name, shape) in enumerate(zip(names, shapes, strict=True)):
+            if name in operands and shape is not None:
+                shapes[i] = (operands[name].parts[0].rows, *shape[1:])
+        return ComputationGraph(
+            ops=[self.ops[node] for node in origin],
+            names=names,
+            shapes=shapes,
+            edges=with_virtual_edges(len(names), edges),
+            head=self.head,
+            kept=self.kept,
+            operands=operands,
+        )
+
+
+def bias_chains(
+    ops: Sequence[str], names: Sequence[str], edges: Iterable[tuple[int, int]], operands: Mapping[str, Operands]
+) -> list[list[int]]:
+    """The nodes of fused projections, each followed by the biases of its rows."""
+    before: dict[int, list[int]] = defaultdict(list)
+    after: dict[int, list[int]] = defaultdict(list)
+    for source, target in edges:
+        before[target].append(source)
+        after[source].append(target)
+
+    def uses(node: int) -> set[str]:
+        return {part.operand for part in operands[names[node]].parts}
+
+    chains = []
+    for node, (op, name) in enumerate(zip(ops, names, strict=True)):
+        if op in WEIGHT_PRIMITIVES and name in operands and len(operands[name].parts) > 1:
+            chain = [node]
+            while behind := [
+                target
+                for target in after[chain[-1]]
+                if ops[target] == "bias"
+                and names[target] in operands
+                and before[target] == [chain[-1]]
+                and uses(target) <= uses(node)
+            ]:
+                chain.append(behind[0])
+            chains.append(chain)
+    return chains

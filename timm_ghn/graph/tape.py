@@ -224,17 +224,19 @@ class Function:
         op: Its name as autograd prints it, without the trailing overload number, e.g. ``"Convolution"``.
         name: The full name, e.g. ``"ConvolutionBackward0"``.
         inputs: Per input slot, the producing function's position in the tape, or None for a constant.
+        outputs: Per input slot, which of that function's outputs comes in.
         variable: The leaf tensor, for leaves.
         shape: Shape of the (first) output.
         saved: The autograd node, to read ``_saved_…`` attributes from.
     """
 
-    __slots__ = ("inputs", "name", "op", "saved", "shape", "variable")
+    __slots__ = ("inputs", "name", "op", "outputs", "saved", "shape", "variable")
 
     def __init__(self, node: Any, inputs: list[int | None]):
         self.name: str = node.name()
         self.op = self.name.rstrip("0123456789").removesuffix("Backward").removeprefix("torch::autograd::")
         self.inputs = inputs
+        self.outputs: list[int] = [output for _, output in node.next_functions]
         self.variable: torch.Tensor | None = getattr(node, "variable", None)
         metadata = node._input_metadata
         self.shape: Size = tuple(metadata[0].shape) if metadata else ()

@@ -10,6 +10,7 @@ is all that contracting it means.
 from __future__ import annotations
 
 import heapq
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
@@ -17,13 +18,14 @@ from torch import nn
 
 from ..errors import TraceError
 from .computation_graph import BRANCH_SCALE, NORM_PRIMITIVES, POSITION_BIAS, WEIGHT_PRIMITIVES, ComputationGraph
+from .fused import MATMULS as _MATMULS
+from .fused import operands_and_readers
 from .shortest_paths import with_virtual_edges
 from .tape import Function, Size, input_candidates, meta_copy, record, run_on_meta
 
 # What autograd calls the products of a layer's input with its weight; the slots that may hold the bias.
 _WEIGHTED = {"Convolution": 2, "Addmm": 0, "Addmv": 0, "Baddbmm": 0, "Addbmm": 0, "Linear": 2, "Mm": None, "Mv": None,
              "Bmm": None}  # fmt: skip
-_MATMULS = frozenset({"Bmm", "Baddbmm", "Mm"})
 _SOFTMAX = frozenset({"Softmax", "SafeSoftmax"})
 _CONCAT = frozenset({"Cat", "Stack"})
 _RECTIFIERS = ("Relu", "Hard", "Sigmoid")
@@ -87,7 +89,7 @@ class _Tracer:
         self.ops = ["input"]
         self.names = ["input"]
         self.shapes: list[Size | None] = [None]
-        self.edges: set[tuple[int, int]] = set()
+        self.edges: dict[tuple[int, int], list[int]] = defaultdict(list)  # with the functions that read them
         self.node_of: dict[str, int] = {}  # parameter name -> node
         self.kept = dict.fromkeys(frozen, "frozen (requires_grad=False)")
         self.roles: dict[str, str] = {}  # parameter name -> what it is if it gets no node
@@ -97,6 +99,7 @@ class _Tracer:
         self.frontier: list[frozenset[int] | None] = []
         self.sources: list[tuple[str, ...]] = []
         self.attention: list[int | None] = []
+        self.weighted: dict[int, list[str]] = {}  # function -> the weights that it applies
         self.leaf_names = [None if f.variable is None else names.get(id(f.variable)) for f in tape]
         self.input_index = next((i for i, f in enumerate(tape) if f.variable is leaf), -1)
         self._find_attention()
@@ -200,6 +203,7 @@ class _Tracer:
         if norm := self._norm_weight(parameters, data):
             return self._parameter_node(norm, "bn" if _is_batch_norm(self.owners[norm]) else "ln", reach), ()
         if function.op in _WEIGHTED and (weights := self._weights(function, made_of, data)):
+            self.weighted[index] = weights
             return self._weighted(function, weights, made_of, reach), ()
         if not data:
             return None, parameters
@@ -358,8 +362,12 @@ class _Tracer:
         self.ops.append(op)
         self.names.append(name)
         self.shapes.append(shape)
-        self.edges.update((source, node) for source in reach)
+        self._add_edges(reach, node)
         return frozenset({node})
+
+    def _add_edges(self, sources: Iterable[int], node: int) -> None:
+        for source in sources:
+            self.edges[source, node].append(len(self.frontier))  # the function that is being visited
 
     def _connect(self, sources: Iterable[int], node: int) -> bool:
         """Adds edges into an existing node unless one would close a cycle."""
@@ -372,7 +380,7 @@ class _Tracer:
                     stack.append(target)
         if not below.isdisjoint(sources):
             return False
-        self.edges.update((source, node) for source in sources)
+        self._add_edges(sources, node)
         return True
 
     def _siblings(self, name: str) -> list[str]:
@@ -428,7 +436,7 @@ class _Tracer:
         fed = {target for _, target in self.edges}
         for node in range(1, len(self.ops)):
             if node not in fed and self.ops[node] != "pos_enc":
-                self.edges.add((0, node))  # e.g. a network over constant coordinates
+                self._add_edges((0,), node)  # e.g. a network over constant coordinates
         waiting = [0] * len(self.ops)
         successors: list[list[int]] = [[] for _ in self.ops]
         for source, target in sorted(self.edges):
@@ -444,6 +452,10 @@ class _Tracer:
                 if waiting[target] == 0:
                     heapq.heappush(ready, target)
         rank = {node: position for position, node in enumerate(order)}
+        operands, readers = operands_and_readers(
+            self.tape, self.frontier, self.attention, self.weighted, self.leaf_names, self.parameters, self.ops,
+            self.names, self.edges,
+        )  # fmt: skip
         return ComputationGraph(
             ops=[self.ops[node] for node in order],
             names=[self.names[node] for node in order],
@@ -451,6 +463,8 @@ class _Tracer:
             edges=with_virtual_edges(len(order), [(rank[source], rank[target]) for source, target in self.edges]),
             head=head,
             kept=self.kept,
+            operands=operands,
+            readers={(rank[source], rank[target]): read for (source, target), read in readers.items()},
         )
 
     def _node_shape(self, node: int, head: tuple[str, ...]) -> Size | None:

@@ -14,6 +14,7 @@ _CHOICES: dict[str, tuple[str | bool, ...]] = {
     "weight_norm": (True, False),
     "ve": (True, False),
     "layernorm": (True, False),
+    "split_attention": (True, False),
 }
 # Whatever a file says, its tensors' sizes fit 63 bits, and it is built in seconds or refused.
 _LIMITS = {
@@ -44,6 +45,8 @@ class GHNConfig:
             as in the published checkpoints, leaves them as they are; so do networks without norms.
         position_bias: Likewise, value of the relative-position tables that are added to attention's logits. 0 prefers
             no position, which is also the mean of timm's inits.
+        split_attention: Queries, keys and values are predicted each on its own, from nodes that know which they are,
+            also where they are the parts of one parameter. The published checkpoints repeat one tile over all three.
     """
 
     num_classes: int
@@ -59,6 +62,7 @@ class GHNConfig:
     rank: int = 32
     branch_scale: float | None = None
     position_bias: float | None = None
+    split_attention: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():

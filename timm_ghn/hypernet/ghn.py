@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
+from ..assign import tile
 from ..graph.computation_graph import (
     BRANCH_SCALE,
     NORM_PRIMITIVES,
@@ -23,12 +24,14 @@ from ..graph.computation_graph import (
     POSITION_BIAS,
     PRIMITIVES,
     ComputationGraph,
+    Operands,
 )
 from .config import GHNConfig
 from .decoder import DECODERS
 from .encoder import Shape4d, ShapeEncoder, is_grid_of_channels, shape_to_4d
 from .message_passing import MAX_DEGREE, MAX_INPUT_DISTANCE, MLP, GatedGNN, Graphormer, NodeMLP
 
+_OPERANDS = "qkv"
 _PRIMITIVE_INDEX = {name: index for index, name in enumerate(PRIMITIVES)}
 
 
@@ -51,6 +54,10 @@ class GHN(
         hid = config.hid
         self.embed = nn.Embedding(len(PRIMITIVES), hid)
         self.shape_enc = ShapeEncoder(config)
+        if config.split_attention:
+            # The nodes of queries, keys and values have the same shape, the same sources and the same targets: without
+            # a feature of their own they would have the same state and decode to the same weights.
+            self.operand_embed = nn.Embedding(len(_OPERANDS), hid)
         self.gnn: GatedGNN | Graphormer | NodeMLP
         if config.hypernet == "graphormer":
             self.gnn = Graphormer(config)
@@ -91,6 +98,9 @@ class GHN(
         primitives = torch.tensor([_PRIMITIVE_INDEX[op] for graph in graphs for op in graph.ops])
         rows = torch.tensor([row for graph in graphs for row in self._shape_rows(graph, predict_head)])
         x = self.embed(primitives.to(device)) + self.shape_enc(rows.to(device))
+        if self.config.split_attention:
+            uses = torch.tensor([use for graph in graphs for use in _uses(graph)], dtype=x.dtype)
+            x = x + uses.to(device) @ self.operand_embed.weight
 
         sizes = [len(graph) for graph in graphs]
         edges, offset = [], 0
@@ -122,10 +132,14 @@ class GHN(
         Returns:
             For each graph, parameter name to *tile*: a normalised tensor with the parameter's number of dimensions, as
             large as the parameter or, where the parameter exceeds `max_shape`, the part of which it is made of copies
-            (`timm_ghn.assign.tile`). A norm's bias comes with its weight, whether or not the norm has one.
+            (`timm_ghn.assign.tile`). That of a fused projection that was predicted in parts has all rows. A norm's bias
+            comes with its weight, whether or not the norm has one.
         """
         if not graphs:
             return []
+        whole = graphs
+        if self.config.split_attention:
+            graphs = [graph.untied for graph in graphs]
         x = self.node_states(graphs, predict_head)
         vectors: list[tuple[int, int]] = []  # (graph, node) of norms and biases
         class_biases: list[tuple[int, int]] = []
@@ -175,6 +189,11 @@ class GHN(
                 shape = graphs[g].shapes[node]
                 assert shape is not None
                 predicted[g][graphs[g].names[node]] = self._normalised_kernel(weight, shape)
+        if self.config.split_attention:
+            for graph, tiles in zip(whole, predicted, strict=True):
+                for name, operands in graph.operands.items():
+                    if len(operands.parts) > 1:
+                        tiles[name] = _joined([tiles.pop(part) for part in operands.names(name)], operands)
         return predicted
 
     def _constants(self, graph: ComputationGraph) -> dict[str, torch.Tensor]:
@@ -198,6 +217,21 @@ class GHN(
             return kernel  # position embeddings are not products with anything
         linear = len(shape) > 2 and (shape[1] == 1 or (len(shape) > 3 and shape[2] < shape[3]))
         return kernel * math.sqrt((1 if linear else 2) / math.prod(shape[1:]))
+
+
+def _uses(graph: ComputationGraph) -> list[list[bool]]:
+    """For each node, which of an attention's operands its parameter makes."""
+    used = {name: use.parts[0].operand for name, use in graph.operands.items() if len(use.parts) == 1}
+    return [[operand in used.get(name, "") for operand in _OPERANDS] for name in graph.names]
+
+
+def _joined(parts: list[torch.Tensor], operands: Operands) -> torch.Tensor:
+    """The tiles of a parameter's parts as one tile, with all rows; the other dimensions are still the tiles'."""
+    blocks = [
+        tile(rows, (operands.blocks * part.rows, *rows.shape[1:])).unflatten(0, (operands.blocks, part.rows))
+        for rows, part in zip(parts, operands.parts, strict=True)
+    ]
+    return torch.cat(blocks, dim=1).flatten(0, 1)
 
 
 def _as_parameter(kernel: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
