@@ -136,7 +136,7 @@ def test_what_reaches_the_model_all_the_same_is_an_error(batch_norm_only: bool) 
     model = resnet()
     wrapped = model.bn1 if batch_norm_only else model
     wrapped.forward = functools.lru_cache(wrapped.forward)  # keeps the method where nothing can exchange it
-    with pytest.raises(TraceError, match="reaches the model itself.*predict before you wrap or patch"):
+    with pytest.raises(TraceError, match=r"reaches the model itself.*predict before you wrap or patch"):
         predict(model)
     assert all(not buffer.any() for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked"))
 
@@ -160,8 +160,8 @@ def test_a_module_in_a_plain_list_is_copied_as_well() -> None:
 
 def test_a_compiled_model_is_traced() -> None:
     model = timm.create_model("test_resnet")
-    assert trace(torch.compile(model)).head == ("_orig_mod.fc.weight", "_orig_mod.fc.bias")
-    model.compile()
+    assert trace(torch.compile(model, backend="eager")).head == ("_orig_mod.fc.weight", "_orig_mod.fc.bias")
+    model.compile(backend="eager")
     assert trace(model).head == ("fc.weight", "fc.bias")
 
 
@@ -319,3 +319,207 @@ def test_a_copy_does_not_keep_the_model_alive() -> None:
     del model
     gc.collect()
     assert reference() is None
+
+
+# ---- models that one image cannot drive -----------------------------------------------------------------------------
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text = nn.Linear(3, 4), nn.Embedding(7, 4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, image: torch.Tensor, text: torch.Tensor, *, scale: float = 1.0) -> torch.Tensor:
+        return self.head(self.image(image) * scale + self.text(text).mean(1))
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        (torch.rand(2, 3), torch.zeros(2, 5, dtype=torch.long)),
+        [torch.rand(2, 3), torch.zeros(2, 5, dtype=torch.long)],
+        {"text": torch.zeros(2, 5, dtype=torch.long), "image": torch.rand(2, 3).half(), "scale": 2.0},
+    ],
+    ids=["tuple", "list", "dict"],
+)
+def test_inputs_drive_a_model_of_several(inputs: Any) -> None:
+    model = Two()
+    report = initialize(model, inputs=inputs, head="predict")
+    assert report.predicted.keys() >= {"image.weight", "image.bias", "head.weight", "head.bias"}
+    assert trace(model, inputs=inputs).head == ("head.weight", "head.bias")
+    assert predict(model, inputs=inputs).report.kept.keys() == report.kept.keys() | {"head.weight", "head.bias"}
+
+
+def test_inputs_may_be_nested_or_one_tensor() -> None:
+    class Listed(nn.Linear):
+        def forward(self, images: list[torch.Tensor]) -> torch.Tensor:
+            return super().forward(torch.stack(images))
+
+    assert trace(Listed(3, 4), inputs=([torch.rand(3), torch.rand(3)],)).names == ["input", "weight", "bias"]
+    assert trace(nn.Linear(3, 4), inputs=torch.rand(5, 3)).names == ["input", "weight", "bias"]
+
+
+def test_several_inputs_are_one_node() -> None:
+    class Siamese(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Linear(3, 4, bias=False), nn.Linear(3, 4, bias=False)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return self.left(x) + self.right(y)
+
+    graph = trace(Siamese(), inputs=(torch.rand(1, 3), torch.rand(1, 3)))
+    assert [edge[:2] for edge in graph.edges.tolist() if edge[2] == 1] == [[0, 1], [0, 2], [1, 3], [2, 3]]
+
+
+def test_inputs_and_a_size_are_too_much() -> None:
+    with pytest.raises(ValueError, match="input_size or inputs, not both"):
+        trace(nn.Linear(3, 4), 3, torch.rand(1, 3))
+
+
+class Valued(nn.Linear):
+    """Its forward pass depends on values."""
+
+    look: Callable[[torch.Tensor], Any]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.look(x)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.detach().numpy(),
+        lambda x: x.tolist(),
+        lambda x: bool(x.any()),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: x.unique(),
+        lambda x: x.cpu(),
+    ],
+)
+def test_a_forward_pass_that_looks_at_values_is_told_so(look: Callable[[torch.Tensor], Any]) -> None:
+    model = Valued(3, 4)
+    model.look = look
+    with pytest.raises(TraceError, match=r"looks at values.*pass the submodule that takes the image"):
+        trace(model, (3,))
+
+
+def test_a_detector_is_told_to_pass_its_backbone() -> None:
+    detection = pytest.importorskip("torchvision").models.detection
+    with torch.device("meta"):
+        model = detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None)
+    with pytest.raises(TraceError, match="pass the submodule that takes the image, such as its backbone"):
+        trace(model)
+    assert len(trace(model.backbone)) > 100
+
+
+def test_what_a_failing_forward_pass_takes_is_named() -> None:
+    with pytest.raises(TraceError, match=r"takes \(image, text\): pass examples of them as inputs"):
+        trace(Two())
+    with pytest.raises(TraceError, match=r"Two fails on the given inputs"):
+        trace(Two(), inputs=(torch.rand(2, 4), torch.zeros(2, 5, dtype=torch.long)))
+
+
+def test_a_forward_pass_with_a_device_of_its_own_is_told_so() -> None:
+    class Mixed(nn.Linear):
+        def forward(self, x: torch.Tensor, device: str | None = "cpu") -> torch.Tensor:
+            return torch.ones(4, device=device) * super().forward(x)
+
+    with pytest.raises(TraceError, match="makes tensors on a device of its own"):
+        trace(Mixed(3, 4), (3,))
+    assert trace(Mixed(3, 4), inputs=(torch.rand(1, 3), None)).names == ["input", "weight", "bias"]  # the default one
+
+
+# ---- arguments and models that are none -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "size",
+    [224.0, -3, 0, True, "224", (), (3, 224.0, 224), (3, -1, 4), ("3", 4, 4), (True, 4, 4), {3: 4}, {224}],
+    ids=repr,
+)
+def test_a_malformed_size_is_refused(size: Any) -> None:
+    with pytest.raises(ValueError, match=r"input_size is .*; it must be a side length or a size without the batch"):
+        trace(nn.Conv2d(3, 4, 3), size)
+
+
+@pytest.mark.parametrize("size", [16, [3, 16, 16], torch.Size((3, 16, 16)), (3, torch.tensor(16), 16)])
+def test_a_size_may_be_any_whole_numbers(size: Any) -> None:
+    assert trace(nn.Conv2d(3, 4, 3), size).names == ["input", "weight", "bias"]
+
+
+@pytest.mark.parametrize("function", [trace, predict, initialize])
+@pytest.mark.parametrize("model", ["resnet18", nn.Linear, None, {"weight": torch.zeros(3)}], ids=str)
+def test_what_is_no_model_is_refused(function: Callable[[Any], Any], model: Any) -> None:
+    with pytest.raises(TypeError, match=r"is no model: pass a module, such as timm\.create_model makes from a name"):
+        function(model)
+
+
+@pytest.mark.parametrize("layer", [nn.LazyLinear(4), nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d()], ids=repr)
+def test_a_lazy_model_is_told_to_run_first(layer: nn.Module) -> None:
+    with pytest.raises(TraceError, match=r"Sequential.1 has no shape for its \w+ yet: run the model once"):
+        trace(nn.Sequential(nn.Conv2d(3, 4, 3), layer))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_scripted_child_is_named() -> None:
+    for scripted in (torch.jit.script(nn.Conv2d(3, 3, 1)), torch.jit.trace(nn.Conv2d(3, 3, 1), torch.rand(1, 3, 4, 4))):
+        with pytest.raises(TraceError, match=r"Sequential\.1 is scripted: pass the eager model"):
+            trace(nn.Sequential(nn.Conv2d(3, 3, 1), scripted))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("head", ["auto", "predict", "keep"])
+def test_empty_parameters_are_kept(head: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 0), nn.Linear(0, 10))
+    report = initialize(model, head=head, input_size=(3,))
+    assert report.kept["1.weight"] == report.kept["1.bias"] == report.kept["2.weight"] == "empty"
+    assert "0.weight" in report.predicted
+
+
+def test_a_model_made_in_inference_mode_is_written() -> None:
+    with torch.inference_mode():
+        model = timm.create_model("test_resnet", num_classes=10)
+    expected = predict(model)
+    assert initialize(model).predicted_fraction == 1
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in model.named_parameters())
+    assert model.fc.weight.is_inference()
+
+
+# ---- what autograd does not see -------------------------------------------------------------------------------------
+
+
+def test_what_is_used_without_gradients_has_its_reason() -> None:
+    class Partly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.frozen, self.detached, self.auxiliary = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)
+            self.used, self.unused = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.token = nn.Parameter(torch.zeros(1, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.auxiliary(x)
+            with torch.no_grad():
+                x = self.frozen(torch.cat([self.token, x]))
+            return self.used(self.detached(x).detach())
+
+    kept = trace(Partly(), (3,)).kept
+    assert {name: reason for name, reason in kept.items() if name.endswith(("weight", "token"))} == {
+        "frozen.weight": "used without gradients (no_grad)",
+        "token": "used without gradients (no_grad)",
+        "detached.weight": "not part of the output, or detached from it",
+        "auxiliary.weight": "not part of the output, or detached from it",
+        "unused.weight": "not used by the forward pass",
+    }
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_a_forward_pass_without_gradients_is_told_so(context: Callable[[], Any]) -> None:
+    model = nn.Linear(3, 4)
+    model.forward = context()(model.forward)
+    with pytest.raises(TraceError, match="must not be detached or computed under no_grad"):
+        trace(model, (3,))

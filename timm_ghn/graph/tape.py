@@ -18,6 +18,7 @@ from ..errors import TraceError
 
 Size = tuple[int, ...]
 
+
 def input_candidates(model: nn.Module, input_size: int | Size | None) -> Iterator[Size]:
     """Input sizes (without the batch dimension) to try, the most specific first.
 
@@ -46,13 +47,13 @@ def input_candidates(model: nn.Module, input_size: int | Size | None) -> Iterato
 
 
 def _checked(input_size: Any) -> Size:
+    size = input_size if isinstance(input_size, (tuple, list)) else (3, input_size, input_size)
     try:
-        size = (3, input_size, input_size) if isinstance(input_size, (int, float)) else tuple(input_size)
-        numbers = tuple(operator.index(side) for side in size)
-        if numbers and min(numbers) > 0 and not any(isinstance(side, bool) for side in size):
-            return numbers
+        numbers = tuple(operator.index(side) for side in size if not isinstance(side, bool))
     except TypeError:
-        pass
+        numbers = ()
+    if len(numbers) == len(size) > 0 and min(numbers) > 0:
+        return numbers
     raise ValueError(
         f"input_size is {input_size!r}; it must be a side length or a size without the batch dimension, such as 224 or "
         "(3, 224, 224)."
@@ -152,8 +153,8 @@ class _Watch(TorchDispatchMode):
         self.calls: list[tuple[tuple[Any, ...], bool]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        listed = args[0] if args and type(args[0]) is list else ()  # the tensors of a concatenation
-        if not self.originals.isdisjoint(map(id, (*args, *listed))):
+        tensors = args[0] if args and type(args[0]) is list else args  # a list's are those of a concatenation
+        if not self.originals.isdisjoint(map(id, tensors)):
             raise TraceError(
                 "The forward pass reaches the model itself past the copy that is traced, through something that cannot "
                 "be copied: predict before you wrap or patch the model."
@@ -169,7 +170,7 @@ def _like_input(x: torch.Tensor, *_: Any) -> torch.Tensor:
 
 
 def _binary(x: torch.Tensor, y: Any) -> torch.Tensor | None:
-    if not isinstance(y, torch.Tensor) or x.dtype != y.dtype or x.ndim < y.ndim:
+    if not isinstance(y, torch.Tensor) or x.dtype != y.dtype or x.ndim < y.ndim or not x.is_meta or not y.is_meta:
         return None
     if x.shape == y.shape:
         return torch.empty_like(x) if x.stride() == y.stride() else None

@@ -62,7 +62,7 @@ def trace(model: nn.Module, input_size: int | Size | None = None, inputs: Any = 
     failure: Exception | None = None
     for arguments in candidates if inputs is None else [inputs]:
         try:
-            run = run_on_meta(duplicate, arguments, originals)
+            run = _run(duplicate, arguments, originals)
         except TraceError:
             raise
         except Exception as error:  # whatever a user's forward raises
@@ -70,8 +70,8 @@ def trace(model: nn.Module, input_size: int | Size | None = None, inputs: Any = 
             continue
         if not run.outputs:
             raise TraceError(
-                f"{type(model).__name__} returned nothing that autograd traces to its parameters: its output must not be "
-                "detached or computed under no_grad."
+                f"{type(model).__name__} returned nothing that autograd traces to its parameters: its output must not "
+                "be detached or computed under no_grad."
             )
         kept = {name: "frozen (requires_grad=False)" for name, p in model.named_parameters() if not p.requires_grad}
         kept.update((name, "empty") for name, p in model.named_parameters() if p.numel() == 0)
@@ -83,6 +83,20 @@ def trace(model: nn.Module, input_size: int | Size | None = None, inputs: Any = 
     ) from failure
 
 
+def _run(model: nn.Module, inputs: Any, originals: list[torch.Tensor]) -> Run:
+    try:
+        return run_on_meta(model, inputs, originals)
+    except RuntimeError as error:
+        if not _mixes_devices(error):
+            raise
+    with torch.device("meta"):  # for tensors that are made on the default device
+        return run_on_meta(model, inputs, originals)
+
+
+def _mixes_devices(error: Exception) -> bool:
+    return any(text in str(error) for text in ("on the same device", "expected device"))
+
+
 def _remedy(model: nn.Module, failure: Exception) -> str:
     """What to do about a forward pass that failed."""
     text = str(failure).lower()
@@ -91,7 +105,7 @@ def _remedy(model: nn.Module, failure: Exception) -> str:
             "its forward pass looks at values, as detectors do, and a trace has only shapes: pass the submodule that "
             "takes the image, such as its backbone"
         )
-    if "same device" in text or "expected device" in text:
+    if _mixes_devices(failure):
         return (
             "its forward pass makes tensors on a device of its own: make them on its input's, or pass the submodule "
             "that takes the image"
@@ -151,6 +165,7 @@ class _Tracer:
                 if source is not None:
                     self.readers[source].append(index)
         self.is_attention: set[int] = set()
+        self.is_attended: set[int] = set()  # the products of attention's weights with the values
         self.is_logit: set[int] = set()
         for index, function in enumerate(self.tape):
             if function.op in _SOFTMAX and self._reaches_matmul(index):
@@ -164,6 +179,7 @@ class _Tracer:
             for reader in self.readers[reached.pop()]:
                 op = self.tape[reader].op
                 if op in _MATMULS:
+                    self.is_attended.add(reader)
                     return True
                 if not op.startswith("Native"):
                     reached.append(reader)
@@ -187,27 +203,57 @@ class _Tracer:
         self.gate_slot: dict[int, int] = {}
         self.squeezes: set[int] = set()
         for index, function in enumerate(self.tape):
-            if function.op != "Mul" or None in function.inputs or len(function.inputs) != 2:
+            if function.op != "Mul" or len(function.inputs) != 2:
                 continue
-            sizes = [_numel(self.tape[source].shape) for source in function.inputs if source is not None]
-            gate = 0 if sizes[0] < sizes[1] else 1
-            if sizes[0] != sizes[1] and (means := self._squeezing_means(function.inputs[gate], max(sizes))):
+            first, second = function.inputs
+            if first is None or second is None:
+                continue
+            sizes = _numel(self.tape[first].shape), _numel(self.tape[second].shape)
+            if sizes[0] == sizes[1]:  # it was expanded to the features' size, or there is one position only
+                gate = int(first < second)
+                squeezes = self._squeezes_between(min(first, second), max(first, second))
+            else:
+                gate = int(sizes[0] > sizes[1])
+                squeezes = self._squeezes_behind((first, second)[gate], max(sizes))
+            if squeezes:
                 self.gate_slot[index] = gate
-                self.squeezes |= means
+                self.squeezes |= squeezes
 
-    def _squeezing_means(self, gate: int | None, size: int) -> set[int]:
-        means: set[int] = set()
-        reached, seen = [gate], set()
+    def _is_squeeze(self, index: int) -> bool:
+        """Whether a function makes one vector of all positions: their mean, or their sum weighted by attention."""
+        return index in self.is_attended or _averages_positions(self.tape[index])
+
+    def _squeezes_behind(self, gate: int, size: int) -> set[int]:
+        """What squeezes positions among the functions smaller than `size` that a gate is made of."""
+        squeezes: set[int] = set()
+        reached: list[int | None] = [gate]
+        seen = set()
         while reached:
             index = reached.pop()
             if index is None or index in seen or _numel(self.tape[index].shape) >= size:
                 continue
             seen.add(index)
-            if _averages_positions(self.tape[index]):
-                means.add(index)
+            if self._is_squeeze(index):
+                squeezes.add(index)
             else:
                 reached.extend(self.tape[index].inputs)
-        return means
+        return squeezes
+
+    def _squeezes_between(self, features: int, gate: int) -> set[int]:
+        """What squeezes positions on each way from the features to a gate as large as they are; nothing if there is a
+        way around."""
+        whole, squeezed, squeezes = {features}, set(), set()
+        for index in range(features + 1, min(gate, features + 64) + 1):
+            sources = self.tape[index].inputs
+            if whole.isdisjoint(sources):
+                if not squeezed.isdisjoint(sources):
+                    squeezed.add(index)
+            elif self._is_squeeze(index):
+                squeezed.add(index)
+                squeezes.add(index)
+            else:
+                whole.add(index)
+        return squeezes if gate in squeezed else set()
 
     # ---- the walk ---------------------------------------------------------------------------------------------------
 
