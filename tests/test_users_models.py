@@ -110,6 +110,16 @@ def weak_reference(model: nn.Module) -> None:
     model.forward = lambda x: type(reference()).forward(reference(), x)
 
 
+def weak_proxy(model: nn.Module) -> None:
+    proxy = weakref.proxy(model)
+    model.forward = lambda x: proxy.forward_head(proxy.forward_features(x))
+
+
+def list_of_methods(model: nn.Module) -> None:
+    steps = [model.forward_features, model.forward_head]
+    model.forward = lambda x: functools.reduce(lambda value, step: step(value), steps, x)
+
+
 def bound_call(model: nn.Module) -> None:
     whole = model.bn1.__call__
     model.bn1.forward = lambda x, old=model.bn1.forward: old(x)
@@ -119,7 +129,7 @@ def bound_call(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     "wrap",
     [closure, global_name, default_argument, decorated, method, partial, callable_object, of_a_submodule,
-     weak_reference, bound_call],
+     weak_reference, weak_proxy, list_of_methods, bound_call],
 )  # fmt: skip
 def test_a_wrapped_method_runs_on_the_copy(wrap: Callable[[nn.Module], None], expected: list[str]) -> None:
     model = resnet()
@@ -252,6 +262,25 @@ def test_hooks_that_are_a_part_of_the_model_run() -> None:
     assert model.feature_hooks is not None
     assert "blocks.5.3.bn1.weight" in trace(model).names
     assert not any(model.feature_hooks._feature_outputs.values())
+
+
+def test_methods_of_a_users_object_do_not_run() -> None:
+    class Tracker:
+        def __init__(self) -> None:
+            self.seen: list[float] = []
+
+        def __call__(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            self.seen.append(output.mean().item())
+
+    model, tracker, mine = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5)), Tracker(), []
+    model[0].register_forward_hook(tracker)
+    model[0].register_forward_hook(tracker.__call__)
+    model[0].register_forward_pre_hook(mine.append)
+    model[1].register_forward_hook(functools.partial(Tracker.__call__, tracker))
+    model.tracker = tracker  # makes it a part of the model, whose copy fails without values
+    assert len(trace(model, (3,))) == 5
+    assert not tracker.seen
+    assert not mine
 
 
 # ---- attributes -----------------------------------------------------------------------------------------------------

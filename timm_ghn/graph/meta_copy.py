@@ -25,7 +25,6 @@ from ..errors import TraceError
 _COPY_METHODS = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__")
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size})
 _HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith("_hooks") or "_hooks_" in name)
-_HEAP_TYPE = 1 << 9  # CPython's flag of classes that are defined in Python
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
@@ -42,16 +41,13 @@ def meta_copy(model: nn.Module) -> nn.Module:
         child = f"{type(model).__name__}.{name}" if name else "The model"
         if isinstance(module, torch.jit.ScriptModule):
             raise TraceError(f"{child} is scripted: pass the eager model and script it after its prediction.")
-        if lazy := [key for key, tensor in [*module._parameters.items(), *module._buffers.items()] if _is_lazy(tensor)]:
-            raise TraceError(f"{child} has no shape for its {lazy[0]} yet: run the model once on a batch before.")
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and nn.parameter.is_lazy(tensor):
+                raise TraceError(f"{child} has no shape for its {key} yet: run the model once on a batch before.")
     try:
         return _Copier().model(model)
     except Exception as error:
         raise TraceError(f"{type(model).__name__} cannot be copied for tracing ({error}).") from error
-
-
-def _is_lazy(tensor: torch.Tensor | None) -> bool:
-    return tensor is not None and nn.parameter.is_lazy(tensor)
 
 
 class _Copier:
@@ -94,10 +90,10 @@ class _Copier:
             return value
         if (known := self.memo.get(id(value))) is not None:
             return known
+        if rule := _RULES.get(cls):
+            return rule(self, value)
         if isinstance(value, torch.Tensor):
             return self._remember(value, _on_meta(value))
-        if copy_kind := getattr(self, _KINDS.get(cls, ""), None):
-            return copy_kind(value)
         if not _is_plain(value):
             return self._foreign(value)
         twin = self._remember(value, cls.__new__(cls))
@@ -117,9 +113,7 @@ class _Copier:
         """Gives a blank twin its attributes, all but the hooks."""
         attributes = vars(self.memo[id(module)])
         for name, value in vars(module).items():
-            if name in _HOOKS:
-                attributes[name] = OrderedDict()
-            elif name != "_compiled_call_impl":
+            if name not in _HOOKS and name != "_compiled_call_impl":
                 attributes[name] = self(value)
 
     def _dict(self, value: dict[Any, Any]) -> dict[Any, Any]:
@@ -144,12 +138,16 @@ class _Copier:
         return twin
 
     def _builtin(self, value: Any) -> Any:
-        owner = self.memo.get(id(value.__self__))
-        return value if owner is None else getattr(owner, value.__name__)
+        owner = value.__self__
+        return value if isinstance(owner, _CLASSES) else getattr(self(owner), value.__name__)
 
     def _reference(self, value: weakref.ref[Any]) -> weakref.ref[Any]:
         target = self.memo.get(id(value()))
         return value if target is None else weakref.ref(target)
+
+    def _proxy(self, value: Any) -> Any:
+        target = self.memo.get(id(value.__init__.__self__))
+        return value if target is None else weakref.proxy(target)
 
     def _method(self, value: types.MethodType) -> types.MethodType:
         function = value.__func__
@@ -160,9 +158,9 @@ class _Copier:
         """A function over copies of what it closes over, and of what it finds in its module if that leads to the model
         or is a collection it may write to."""
         scope, closure = value.__globals__, value.__closure__ or ()
-        names = {name for name in _global_names(value.__code__) if name in scope and self._concerns(scope[name])}
-        if not names and not closure and not self._concerns((value.__defaults__, value.__kwdefaults__)):
-            return value
+        names = {n for n in _global_names(value.__code__) if n in scope and self._concerns(scope[n], scope, set())}
+        if not names and not closure and not self._concerns((value.__defaults__, value.__kwdefaults__), scope, set()):
+            return self._remember(value, value)
         cells = tuple(types.CellType() for _ in closure)
         scope = {**scope} if names else scope
         twin = self._remember(value, types.FunctionType(value.__code__, scope, value.__name__, None, cells))
@@ -175,23 +173,26 @@ class _Copier:
         vars(twin).update(self(vars(value)))
         return twin
 
-    def _concerns(self, value: Any, seen: frozenset[int] = frozenset()) -> bool:
-        """Whether something leads to what was copied, or is a collection that may be written to."""
-        if id(value) in self.memo or isinstance(value, (dict, list, set)):
+    def _concerns(self, value: Any, scope: dict[str, Any], seen: set[int]) -> bool:
+        """Whether something that a function of this scope uses leads to what was copied, or is a collection that may be
+        written to. Functions of other modules, libraries mostly, are not looked into."""
+        if self.memo.get(id(value), value) is not value or isinstance(value, (dict, list, set)):
             return True
+        inside: Iterable[Any] = ()
         if isinstance(value, tuple):
-            inside: Iterable[Any] = value
+            inside = value
         elif isinstance(value, functools.partial):
             inside = (value.func, *value.args, *value.keywords.values())
         elif isinstance(value, types.MethodType):
             inside = (value.__self__,)
         elif isinstance(value, types.FunctionType):
-            found = [value.__globals__.get(name) for name in _global_names(value.__code__)]
-            inside = (*found, *(cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()))
-        else:
+            cells = (cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType())
+            own = _global_names(value.__code__) if value.__globals__ is scope else ()
+            inside = (*cells, *(scope.get(name) for name in own))
+        if id(value) in seen:
             return False
-        seen |= {id(value)}
-        return any(self._concerns(item, seen) for item in inside if id(item) not in seen)
+        seen.add(id(value))
+        return any(self._concerns(item, scope, seen) for item in inside)
 
     def _foreign(self, value: Any) -> Any:
         """What has its own way of being copied. What cannot be, such as a lock or a file, stays what it is."""
@@ -220,10 +221,13 @@ class _Copier:
         vars(twin)["_compiled_call_impl"] = call  # what `nn.Module.__call__` takes instead of its way through the hooks
 
 
-_KINDS = {
-    dict: "_dict", OrderedDict: "_dict", list: "_list", set: "_set", tuple: "_immutable", frozenset: "_immutable",
-    functools.partial: "_partial", types.FunctionType: "_function", types.MethodType: "_method",
-    types.BuiltinFunctionType: "_builtin", weakref.ref: "_reference",
+_CLASSES = (type, types.ModuleType, type(None))  # what a builtin function can belong to without being a method
+_RULES: dict[Any, Callable[[_Copier, Any], Any]] = {
+    dict: _Copier._dict, OrderedDict: _Copier._dict, list: _Copier._list, set: _Copier._set,
+    tuple: _Copier._immutable, frozenset: _Copier._immutable, functools.partial: _Copier._partial,
+    types.FunctionType: _Copier._function, types.MethodType: _Copier._method,
+    types.BuiltinFunctionType: _Copier._builtin, weakref.ref: _Copier._reference,
+    weakref.ProxyType: _Copier._proxy, weakref.CallableProxyType: _Copier._proxy,
 }  # fmt: skip
 
 
@@ -254,10 +258,9 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, nn.Module) and nn.utils.parametrize.is_parametrized(value):
         return True  # its class says how to copy it, for pickle and in that very way
     base = nn.Module if isinstance(value, nn.Module) else object
-    if any(getattr(cls, name, None) is not getattr(base, name, None) for name in _COPY_METHODS):
-        return False
-    bases = cls.__mro__[:-1]
-    return hasattr(value, "__dict__") and all(b.__flags__ & _HEAP_TYPE and not vars(b).get("__slots__") for b in bases)
+    own = any(getattr(cls, name, None) is not getattr(base, name, None) for name in _COPY_METHODS)
+    slots = any(vars(b).get("__slots__") for b in cls.__mro__)
+    return not own and not slots and cls.__new__ is object.__new__ and hasattr(value, "__dict__")
 
 
 def _global_names(code: types.CodeType) -> Iterator[str]:
@@ -296,7 +299,10 @@ def _call(module: nn.Module, before: Iterable[Any], after: Iterable[Any], *args:
             args = changed if isinstance(changed, tuple) else (changed,)
     result = module.forward(*args, **kwargs)
     for hook, with_kwargs in after:
-        changed = hook(module, args, kwargs, result) if with_kwargs else hook(module, args, result)
+        try:
+            changed = hook(module, args, kwargs, result) if with_kwargs else hook(module, args, result)
+        except Exception:  # it looks at values; a hook that the forward pass needs would be missed
+            continue
         result = result if changed is None else changed
     return result
 

@@ -221,7 +221,8 @@ class _Tracer:
 
     def _is_squeeze(self, index: int) -> bool:
         """Whether a function makes one vector of all positions: their mean, or their sum weighted by attention."""
-        return index in self.is_attended or _averages_positions(self.tape[index])
+        function = self.tape[index]
+        return _averages_positions(function) or (index in self.is_attended and 1 in function.shape[-2:])
 
     def _squeezes_behind(self, gate: int, size: int) -> set[int]:
         """What squeezes positions among the functions smaller than `size` that a gate is made of."""
@@ -242,7 +243,9 @@ class _Tracer:
     def _squeezes_between(self, features: int, gate: int) -> set[int]:
         """What squeezes positions on each way from the features to a gate as large as they are; nothing if there is a
         way around."""
-        whole, squeezed, squeezes = {features}, set(), set()
+        whole: set[int | None] = {features}
+        squeezed: set[int | None] = set()
+        squeezes: set[int] = set()
         for index in range(features + 1, min(gate, features + 64) + 1):
             sources = self.tape[index].inputs
             if whole.isdisjoint(sources):
