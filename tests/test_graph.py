@@ -242,7 +242,7 @@ def test_a_failing_forward_names_the_size_and_the_remedy() -> None:
 
 
 def test_a_scripted_model_is_refused() -> None:
-    with pytest.raises(TraceError, match="scripted model cannot be traced"):
+    with pytest.raises(TraceError, match="The model is scripted"):
         trace(torch.jit.script(nn.Linear(3, 3)), (3,))
 
 

@@ -6,7 +6,7 @@ import itertools
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -119,6 +119,7 @@ def predict(
     head: str = "auto",
     input_size: int | tuple[int, ...] | None = None,
     finetune: str | None = None,
+    inputs: Any = None,
 ) -> Prediction:
     """Predicts a model's parameters without touching the model.
 
@@ -131,6 +132,8 @@ def predict(
         input_size: Input size without the batch dimension.
         finetune: How to prepare the weights for training, see `timm_ghn.finetune.prepare`; None leaves them as they
             are predicted.
+        inputs: What the forward pass takes, instead of an `input_size`, where one image cannot drive it: a tensor, a
+            tuple of positional or a dictionary of keyword arguments; see `timm_ghn.trace`.
 
     Raises:
         TraceError: If the model cannot be traced.
@@ -145,7 +148,7 @@ def predict(
 
         ghn = load_ghn(ghn)
     loaded = time.perf_counter()
-    graph = trace(model, input_size)
+    graph = trace(model, input_size, inputs)
     traced = time.perf_counter()
     prediction = predict_from_graph(dict(model.named_parameters()), graph, ghn, head)
     prediction.report.seconds = {
@@ -206,12 +209,13 @@ def initialize(
     head: str = "auto",
     input_size: int | tuple[int, ...] | None = None,
     finetune: str | None = None,
+    inputs: Any = None,
 ) -> Report:
     """Predicts a model's parameters and writes them in place: all or, if anything is wrong, none.
 
     Device, dtype, mode and buffers of the model stay as they are. Arguments and errors are those of `predict`.
     """
-    prediction = predict(model, ghn, head, input_size, finetune)
+    prediction = predict(model, ghn, head, input_size, finetune, inputs)
     write(model, prediction)
     return prediction.report
 
@@ -219,7 +223,8 @@ def initialize(
 def write(model: nn.Module, prediction: Prediction) -> None:
     """Writes a prediction into the model it was made for."""
     started = time.perf_counter()
-    with torch.no_grad():
+    made_for_inference = any(parameter.is_inference() for parameter in model.parameters())
+    with torch.inference_mode() if made_for_inference else torch.no_grad():  # nothing else may write to such tensors
         for name, parameter in model.named_parameters():
             if name in prediction.tiles:
                 tile_into(parameter, prediction.tiles[name].to(parameter.device))

@@ -2,102 +2,31 @@
 
 from __future__ import annotations
 
-import copy
+import operator
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from ..errors import TraceError
 
 Size = tuple[int, ...]
 
-# What a class defines that has its own way of being copied.
-_COPY_HOOKS = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
-_CONSTANTS = (bool, int, float, str, type(None))
-
-
-def meta_copy(model: nn.Module) -> nn.Module:
-    """A structural copy of `model` in eval mode whose tensors live on the meta device and take no memory.
-
-    The tensors are replaced through `copy.deepcopy`'s memo, so the original is only read: its device, mode, buffers
-    and hooks stay as they are, and ties between parameters survive.
-    """
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TraceError("A scripted model cannot be traced: pass the eager model and script it after its prediction.")
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                empty = torch.empty_like(parameter, device="meta", dtype=torch.float32)
-                memo[id(parameter)] = nn.Parameter(empty)
-        plain = [value for value in vars(module).values() if isinstance(value, torch.Tensor)]
-        for tensor in [*module._buffers.values(), *plain]:
-            if tensor is not None:
-                memo.setdefault(id(tensor), tensor.detach().to("meta"))
-    try:
-        duplicate = _copy(model, memo)
-    except Exception as error:
-        raise TraceError(f"{type(model).__name__} cannot be copied for tracing ({error}).") from error
-    for module in list(duplicate.modules()):
-        if isinstance(module, nn.RNNBase):
-            module.__class__ = _single_step_class(type(module))
-    return duplicate.eval()
-
-
-def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """``copy.deepcopy(model, memo)``, in a fraction of its time.
-
-    Most of what modules consist of are constants and a dozen empty dictionaries each, on which `deepcopy` spends
-    itself. So modules that leave their copying to it get blank twins first, for it to find, and then their attributes.
-    """
-    twins = []
-    for module in model.modules():
-        cls = type(module)
-        if all(getattr(cls, name, None) is getattr(nn.Module, name, None) for name in _COPY_HOOKS):
-            memo[id(module)] = twin = cls.__new__(cls)
-            twins.append((module, twin))
-    for module, twin in twins:
-        for name, value in module.__getstate__().items():
-            if isinstance(value, dict) and type(value) in (dict, OrderedDict):
-                vars(twin)[name] = type(value)((key, copy.deepcopy(item, memo)) for key, item in value.items())
-            else:
-                vars(twin)[name] = value if type(value) in _CONSTANTS else copy.deepcopy(value, memo)
-    return copy.deepcopy(model, memo)
-
-
-def _single_step_class(rnn_class: type[nn.RNNBase]) -> type[nn.RNNBase]:
-    """A subclass of an RNN that reads each weight once, instead of once a time step.
-
-    Unrolled over the sequence the same few weights would come back at every step, with sums between them; for the graph
-    a recurrence is one step: input weight, its bias, hidden weight, its bias.
-    """
-
-    def forward(self: Any, x: torch.Tensor, hidden: Any = None) -> tuple[torch.Tensor, None]:
-        for layer in range(self.num_layers):
-            outputs = []
-            for suffix in ("", "_reverse")[: 2 if self.bidirectional else 1]:
-                state = x
-                for kind in ("ih", "hh"):
-                    weight = getattr(self, f"weight_{kind}_l{layer}{suffix}")
-                    bias = getattr(self, f"bias_{kind}_l{layer}{suffix}") if self.bias else None
-                    state = nn.functional.linear(state, weight, bias)[..., : self.hidden_size]
-                outputs.append(state)
-            x = torch.cat(outputs, dim=-1)
-        return x, None
-
-    return type(rnn_class.__name__, (rnn_class,), {"forward": forward})
-
 
 def input_candidates(model: nn.Module, input_size: int | Size | None) -> Iterator[Size]:
-    """Input sizes (without the batch dimension) to try, the most specific first."""
+    """Input sizes (without the batch dimension) to try, the most specific first.
+
+    Raises:
+        ValueError: If `input_size` is no size.
+    """
     if input_size is not None:
-        yield (3, input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+        yield _checked(input_size)
         return
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
@@ -117,12 +46,75 @@ def input_candidates(model: nn.Module, input_size: int | Size | None) -> Iterato
                 yield candidate
 
 
-def run_on_meta(model: nn.Module, size: Size) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Runs a meta model on one sample of `size`; returns the input leaf and all outputs that have a graph."""
-    leaf = torch.empty(1, *size, device="meta", requires_grad=True)
-    with torch.enable_grad(), _autocast_on_meta(), _QuickShapes():
-        outputs = model(leaf.clone())  # a clone, since some models work in place and a leaf must not be changed
-    return leaf, [tensor for tensor in output_tensors(outputs) if tensor.grad_fn is not None]
+def _checked(input_size: Any) -> Size:
+    size = input_size if isinstance(input_size, (tuple, list)) else (3, input_size, input_size)
+    try:
+        numbers = tuple(operator.index(side) for side in size if not isinstance(side, bool))
+    except TypeError:
+        numbers = ()
+    if len(numbers) == len(size) > 0 and min(numbers) > 0:
+        return numbers
+    raise ValueError(
+        f"input_size is {input_size!r}; it must be a side length or a size without the batch dimension, such as 224 or "
+        "(3, 224, 224)."
+    )
+
+
+@dataclass
+class Run:
+    """What one forward pass on the meta device left behind.
+
+    Attributes:
+        leaves: The inputs that autograd follows.
+        outputs: The outputs that have a graph.
+        calls: The arguments of every function that ran, with whether autograd recorded it.
+    """
+
+    leaves: list[torch.Tensor]
+    outputs: list[torch.Tensor]
+    calls: list[tuple[tuple[Any, ...], bool]]
+
+    def uses(self, tensor: torch.Tensor) -> set[bool]:
+        """Whether autograd recorded what was computed from a tensor, for each time; empty if nothing was."""
+        return {
+            recorded
+            for args, recorded in self.calls
+            if any(arg is tensor or (type(arg) is list and any(item is tensor for item in arg)) for arg in args)
+        }
+
+
+def run_on_meta(model: nn.Module, inputs: Any, originals: Iterable[torch.Tensor] = ()) -> Run:
+    """Runs a meta model once.
+
+    Args:
+        model: A `meta_copy`.
+        inputs: A tensor, a sequence of positional or a dictionary of keyword arguments; of the tensors in it only the
+            shapes are used, and whether they are floating-point.
+        originals: Tensors of the model that was copied, which the copy must not touch.
+
+    Raises:
+        TraceError: If it touches them all the same.
+    """
+    leaves: list[torch.Tensor] = []
+
+    def on_meta(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        if not value.is_floating_point():
+            return torch.empty_like(value, device="meta")
+        leaves.append(torch.empty(value.shape, device="meta", requires_grad=True))
+        return leaves[-1].clone()  # since some models work in place and a leaf must not be changed
+
+    watch = _Watch(originals)
+    with torch.enable_grad(), _autocast_on_meta():
+        inputs = tree_map(on_meta, inputs)
+        with watch:
+            if isinstance(inputs, dict):
+                outputs = model(**inputs)
+            else:
+                outputs = model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+    outputs = [tensor for tensor in output_tensors(outputs) if tensor.grad_fn is not None]
+    return Run(leaves, outputs, watch.calls)
 
 
 class _Autocast(torch.autocast):
@@ -147,13 +139,27 @@ def _autocast_on_meta() -> Iterator[None]:
 _autocast_lock = threading.RLock()
 
 
-class _QuickShapes(TorchDispatchMode):
-    """Tells the shapes of the most frequent functions itself: the meta device computes them in Python, in most of the
+class _Watch(TorchDispatchMode):
+    """Sees every function of a forward pass before it runs.
+
+    It tells the shapes of the most frequent functions itself: the meta device computes them in Python, in most of the
     time that a forward pass takes. Below autograd, so what is recorded is the same. Whatever is not plain to see, a
     mistake in the shapes too, goes to the meta device.
     """
 
+    def __init__(self, originals: Iterable[torch.Tensor]):
+        super().__init__()
+        self.originals = {id(tensor) for tensor in originals}
+        self.calls: list[tuple[tuple[Any, ...], bool]] = []
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        tensors = args[0] if args and type(args[0]) is list else args  # a list's are those of a concatenation
+        if not self.originals.isdisjoint(map(id, tensors)):
+            raise TraceError(
+                "The forward pass reaches the model itself past the copy that is traced, through something that cannot "
+                "be copied: predict before you wrap or patch the model."
+            )
+        self.calls.append((args, torch.is_grad_enabled()))
         handler = _QUICK.get(func)
         result = handler(*args) if handler else None
         return func(*args, **(kwargs or {})) if result is None else result
@@ -164,7 +170,7 @@ def _like_input(x: torch.Tensor, *_: Any) -> torch.Tensor:
 
 
 def _binary(x: torch.Tensor, y: Any) -> torch.Tensor | None:
-    if not isinstance(y, torch.Tensor) or x.dtype != y.dtype or x.ndim < y.ndim:
+    if not isinstance(y, torch.Tensor) or x.dtype != y.dtype or x.ndim < y.ndim or not x.is_meta or not y.is_meta:
         return None
     if x.shape == y.shape:
         return torch.empty_like(x) if x.stride() == y.stride() else None

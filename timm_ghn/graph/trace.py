@@ -10,8 +10,10 @@ is all that contracting it means.
 from __future__ import annotations
 
 import heapq
+import inspect
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,8 +22,9 @@ from ..errors import TraceError
 from .computation_graph import BRANCH_SCALE, NORM_PRIMITIVES, POSITION_BIAS, WEIGHT_PRIMITIVES, ComputationGraph
 from .fused import MATMULS as _MATMULS
 from .fused import operands_and_readers
+from .meta_copy import meta_copy
 from .shortest_paths import with_virtual_edges
-from .tape import Function, Size, input_candidates, meta_copy, record, run_on_meta
+from .tape import Function, Run, Size, input_candidates, record, run_on_meta
 
 # What autograd calls the products of a layer's input with its weight; the slots that may hold the bias.
 _WEIGHTED = {"Convolution": 2, "Addmm": 0, "Addmv": 0, "Baddbmm": 0, "Addbmm": 0, "Linear": 2, "Mm": None, "Mv": None,
@@ -32,37 +35,88 @@ _RECTIFIERS = ("Relu", "Hard", "Sigmoid")
 _LAYER_CLASSES = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention)
 
 
-def trace(model: nn.Module, input_size: int | Size | None = None) -> ComputationGraph:
+def trace(model: nn.Module, input_size: int | Size | None = None, inputs: Any = None) -> ComputationGraph:
     """Traces a model into the graph a GHN reads, on the meta device: no arithmetic and no memory for weights.
 
-    The model itself is only read; it may be on any device, in any mode and dtype.
+    The model itself is only read; it may be on any device, in any mode and dtype. It is a copy that runs, and neither
+    the model's forward hooks nor the global ones run with it.
 
     Args:
-        model: Any eager module that takes one image-like tensor.
+        model: Any eager module.
         input_size: Input size without the batch dimension, e.g. ``(3, 224, 224)``, or a side length for RGB images. By
             default what the model declares (``pretrained_cfg``, ``img_size``), else ``(3, 224, 224)``.
+        inputs: What the forward pass takes, for models that one image cannot drive: a tensor, a tuple or list of its
+            positional arguments, or a dictionary of its keyword arguments, with the batch dimension. Only the shapes of
+            tensors are used, and whether they are floating-point.
 
     Raises:
-        TraceError: If the model is scripted, or its forward pass fails on the input size.
+        TraceError: If the model is scripted, lazy or cannot be copied, or its forward pass fails.
+        TypeError: If `model` is no module.
+        ValueError: If `input_size` is no size, or `inputs` are given beside it.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{model!r} is no model: pass a module, such as timm.create_model makes from a name.")
+    if inputs is not None and input_size is not None:
+        raise ValueError("Pass input_size or inputs, not both.")
+    candidates = [torch.empty(1, *size, device="meta") for size in input_candidates(model, input_size)]
     duplicate = meta_copy(model)
+    originals = [*model.parameters(), *model.buffers()]
     failure: Exception | None = None
-    tried = []
-    for size in input_candidates(model, input_size):
-        tried.append(size)
+    for arguments in candidates if inputs is None else [inputs]:
         try:
-            leaf, outputs = run_on_meta(duplicate, size)
+            run = _run(duplicate, arguments, originals)
+        except TraceError:
+            raise
         except Exception as error:  # whatever a user's forward raises
             failure = failure or error
             continue
-        if not outputs:
-            raise TraceError(f"{type(model).__name__} returned nothing that depends on its parameters.")
-        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-        return _Tracer(duplicate, leaf, record(outputs), outputs, frozen).graph()
+        if not run.outputs:
+            raise TraceError(
+                f"{type(model).__name__} returned nothing that autograd traces to its parameters: its output must not "
+                "be detached or computed under no_grad."
+            )
+        kept = {name: "frozen (requires_grad=False)" for name, p in model.named_parameters() if not p.requires_grad}
+        kept.update((name, "empty") for name, p in model.named_parameters() if p.numel() == 0)
+        return _Tracer(duplicate, run, kept).graph()
+    assert failure is not None
+    what = "the given inputs" if inputs is not None else f"an input of size {tuple(candidates[0].shape[1:])}"
     raise TraceError(
-        f"{type(model).__name__} fails on an input of size {tried[0]} ({type(failure).__name__}: {failure}); "
-        "pass the size it expects as input_size."
+        f"{type(model).__name__} fails on {what} ({type(failure).__name__}: {failure}); {_remedy(duplicate, failure)}."
     ) from failure
+
+
+def _run(model: nn.Module, inputs: Any, originals: list[torch.Tensor]) -> Run:
+    try:
+        return run_on_meta(model, inputs, originals)
+    except RuntimeError as error:
+        if not _mixes_devices(error):
+            raise
+    with torch.device("meta"):  # for tensors that are made on the default device
+        return run_on_meta(model, inputs, originals)
+
+
+def _mixes_devices(error: Exception) -> bool:
+    return any(text in str(error) for text in ("on the same device", "expected device"))
+
+
+def _remedy(model: nn.Module, failure: Exception) -> str:
+    """What to do about a forward pass that failed."""
+    text = str(failure).lower()
+    if "meta tensor" in text or "meta device" in text or "register_meta" in text:
+        return (
+            "its forward pass looks at values, as detectors do, and a trace has only shapes: pass the submodule that "
+            "takes the image, such as its backbone"
+        )
+    if _mixes_devices(failure):
+        return (
+            "its forward pass makes tensors on a device of its own: make them on its input's, or pass the submodule "
+            "that takes the image"
+        )
+    arguments = inspect.signature(model.forward).parameters
+    required = [name for name, a in arguments.items() if a.default is a.empty and not a.kind.name.startswith("VAR_")]
+    if len(required) > 1:
+        return f"its forward pass takes ({', '.join(required)}): pass examples of them as inputs"
+    return "pass the size it expects as input_size, or what its forward pass takes as inputs"
 
 
 class _Tracer:
@@ -71,14 +125,12 @@ class _Tracer:
     def __init__(
         self,
         model: nn.Module,
-        leaf: torch.Tensor,
-        tape: list[Function],
-        outputs: list[torch.Tensor],
-        frozen: set[str],
+        run: Run,
+        kept: dict[str, str],
     ):
         self.model = model
-        self.tape = tape
-        self.outputs = outputs
+        self.run = run
+        self.tape = tape = record(run.outputs)
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         self.owners: dict[str, nn.Module] = {}
         for prefix, module in model.named_modules():
@@ -91,7 +143,7 @@ class _Tracer:
         self.shapes: list[Size | None] = [None]
         self.edges: dict[tuple[int, int], list[int]] = defaultdict(list)  # with the functions that read them
         self.node_of: dict[str, int] = {}  # parameter name -> node
-        self.kept = dict.fromkeys(frozen, "frozen (requires_grad=False)")
+        self.kept = kept
         self.roles: dict[str, str] = {}  # parameter name -> what it is if it gets no node
 
         # Per function: its frontier if it carries data (None otherwise), the parameters it is made of if it does not,
@@ -101,7 +153,8 @@ class _Tracer:
         self.attention: list[int | None] = []
         self.weighted: dict[int, list[str]] = {}  # function -> the weights that it applies
         self.leaf_names = [None if f.variable is None else names.get(id(f.variable)) for f in tape]
-        self.input_index = next((i for i, f in enumerate(tape) if f.variable is leaf), -1)
+        leaves = {id(leaf) for leaf in run.leaves}
+        self.inputs = {index for index, function in enumerate(tape) if id(function.variable) in leaves}
         self._find_attention()
         self._find_gates()
 
@@ -115,6 +168,7 @@ class _Tracer:
                 if source is not None:
                     self.readers[source].append(index)
         self.is_attention: set[int] = set()
+        self.is_attended: set[int] = set()  # the products of attention's weights with the values
         self.is_logit: set[int] = set()
         for index, function in enumerate(self.tape):
             if function.op in _SOFTMAX and self._reaches_matmul(index):
@@ -128,6 +182,7 @@ class _Tracer:
             for reader in self.readers[reached.pop()]:
                 op = self.tape[reader].op
                 if op in _MATMULS:
+                    self.is_attended.add(reader)
                     return True
                 if not op.startswith("Native"):
                     reached.append(reader)
@@ -151,27 +206,60 @@ class _Tracer:
         self.gate_slot: dict[int, int] = {}
         self.squeezes: set[int] = set()
         for index, function in enumerate(self.tape):
-            if function.op != "Mul" or None in function.inputs or len(function.inputs) != 2:
+            if function.op != "Mul" or len(function.inputs) != 2:
                 continue
-            sizes = [_numel(self.tape[source].shape) for source in function.inputs if source is not None]
-            gate = 0 if sizes[0] < sizes[1] else 1
-            if sizes[0] != sizes[1] and (means := self._squeezing_means(function.inputs[gate], max(sizes))):
+            first, second = function.inputs
+            if first is None or second is None:
+                continue
+            sizes = _numel(self.tape[first].shape), _numel(self.tape[second].shape)
+            if sizes[0] == sizes[1]:  # it was expanded to the features' size, or there is one position only
+                gate = int(first < second)
+                squeezes = self._squeezes_between(min(first, second), max(first, second))
+            else:
+                gate = int(sizes[0] > sizes[1])
+                squeezes = self._squeezes_behind((first, second)[gate], max(sizes))
+            if squeezes:
                 self.gate_slot[index] = gate
-                self.squeezes |= means
+                self.squeezes |= squeezes
 
-    def _squeezing_means(self, gate: int | None, size: int) -> set[int]:
-        means: set[int] = set()
-        reached, seen = [gate], set()
+    def _is_squeeze(self, index: int) -> bool:
+        """Whether a function makes one vector of all positions: their mean, or their sum weighted by attention."""
+        function = self.tape[index]
+        return _averages_positions(function) or (index in self.is_attended and 1 in function.shape[-2:])
+
+    def _squeezes_behind(self, gate: int, size: int) -> set[int]:
+        """What squeezes positions among the functions smaller than `size` that a gate is made of."""
+        squeezes: set[int] = set()
+        reached: list[int | None] = [gate]
+        seen = set()
         while reached:
             index = reached.pop()
             if index is None or index in seen or _numel(self.tape[index].shape) >= size:
                 continue
             seen.add(index)
-            if _averages_positions(self.tape[index]):
-                means.add(index)
+            if self._is_squeeze(index):
+                squeezes.add(index)
             else:
                 reached.extend(self.tape[index].inputs)
-        return means
+        return squeezes
+
+    def _squeezes_between(self, features: int, gate: int) -> set[int]:
+        """What squeezes positions on each way from the features to a gate as large as they are; nothing if there is a
+        way around."""
+        whole: set[int | None] = {features}
+        squeezed: set[int | None] = set()
+        squeezes: set[int] = set()
+        for index in range(features + 1, min(gate, features + 64) + 1):
+            sources = self.tape[index].inputs
+            if whole.isdisjoint(sources):
+                if not squeezed.isdisjoint(sources):
+                    squeezed.add(index)
+            elif self._is_squeeze(index):
+                squeezed.add(index)
+                squeezes.add(index)
+            else:
+                whole.add(index)
+        return squeezes if gate in squeezed else set()
 
     # ---- the walk ---------------------------------------------------------------------------------------------------
 
@@ -188,7 +276,7 @@ class _Tracer:
         """The function's frontier and the parameters it is made of; at most one of the two says something."""
         self.attention.append(self._attention_of(function))
         if function.variable is not None:
-            if index == self.input_index:
+            if index in self.inputs:
                 return frozenset({0}), ()
             name = self.leaf_names[index]
             return None, () if name is None else (name,)
@@ -401,15 +489,15 @@ class _Tracer:
             if name.endswith("bias") and weight in self.node_of and self.ops[self.node_of[weight]] in NORM_PRIMITIVES:
                 continue
             if name not in reached:
-                self.kept[name] = "not used by the forward pass"
+                self.kept[name] = _unreached_reason(self.run.uses(parameter))
             else:
                 self.kept[name] = self.roles.get(name) or _kept_reason(name, parameter)
 
     def _head(self) -> tuple[str, ...]:
         """The classification layer: the last weight before a single [batch, classes] output, then its bias."""
-        if len(self.outputs) != 1 or self.outputs[0].ndim != 2 or getattr(self.model, "num_classes", None) == 0:
+        if len(self.run.outputs) != 1 or self.run.outputs[0].ndim != 2 or getattr(self.model, "num_classes", None) == 0:
             return ()
-        classes = self.outputs[0].shape[1]
+        classes = self.run.outputs[0].shape[1]
         pending = list(self.frontier[-1] or ())
         weights, biases, seen = [], [], set()
         while pending:
@@ -521,6 +609,12 @@ def _is_position_embedding(name: str, parameter: nn.Parameter, shape: Size) -> b
     """A table that varies over positions and channels and is added to features, as opposed to a per-channel shift."""
     local = name.rpartition(".")[2]
     return _varied_dims(parameter) > 1 and ("pos" in local or parameter.numel() == _numel(shape))
+
+
+def _unreached_reason(uses: set[bool]) -> str:
+    if not uses:
+        return "not used by the forward pass"
+    return "not part of the output, or detached from it" if True in uses else "used without gradients (no_grad)"
 
 
 def _kept_reason(name: str, parameter: nn.Parameter) -> str:
