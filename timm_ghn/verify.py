@@ -6,8 +6,9 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -59,7 +60,10 @@ def verify(source: str | os.PathLike[str], architectures: Sequence[str] = ARCHIT
         if all(config[name] == value for name, value in entry["config"].items())
     ]
     if not matching:
-        raise GHNError(f"No norms were published for a GHN like {source}; there are those of {', '.join(published)}.")
+        known = (f"{name} ({_kind(entry['config'])})" for name, entry in published.items())
+        raise GHNError(
+            f"No norms were published for a GHN like {source} ({_kind(config)}); there are those of {', '.join(known)}."
+        )
     norms: dict[str, float] = matching[0]
     for architecture in architectures:
         if architecture not in norms:
@@ -70,6 +74,10 @@ def verify(source: str | os.PathLike[str], architectures: Sequence[str] = ARCHIT
             model = torchvision.models.get_model(architecture)
         initialize(model, ghn, head="predict")
         yield NormCheck(architecture, _norm(model), norms[architecture])
+
+
+def _kind(config: Mapping[str, Any]) -> str:
+    return f"{config['num_classes']} classes, {config['hypernet']} of width {config['hid']}"
 
 
 def _norm(model: nn.Module) -> float:
