@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import collections
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from timm_ghn.command_line import Parser, exit_status, output_directory
 from timm_ghn.demo import CLASSES, IMAGES
 
 HELD_OUT = 5_000
@@ -19,9 +21,9 @@ OF_EACH = 20
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="parquet file with all 50,000 training images")
-    parser.add_argument("--out", type=Path, default=IMAGES)
+    parser.add_argument("--out", type=output_directory, default=str(IMAGES), help="(default: %(default)s)")
     arguments = parser.parse_args()
     rows = pq.read_table(arguments.data, columns=["img", "label"])
     first = len(rows) - HELD_OUT
@@ -35,4 +37,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status("demo_images.py", main))

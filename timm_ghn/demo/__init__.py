@@ -121,8 +121,8 @@ def _classify(images: ImageDataset, ghn: GHN) -> tuple[dict[str, Tensor], ImageD
         table.add_row(name, str(right), str(len(labels)), f"{share:.0%} ± {error:.0%}")
     print_table(table)
     console.print(
-        f"Predicted weights, without any gradient step; ± is the standard error, chance is {1 / len(CLASSES):.0%}. Batch "
-        f"norms took their statistics from {len(rows[::2])} other images.",
+        "Predicted weights, without any gradient step; chance is 10 %, ± the standard error. Batch norms took their "
+        f"statistics from {len(rows[::2])} other images.",
         highlight=False,
     )
     return predictions, ImageDataset(images.images[rows[1::2]], labels, images.num_classes)
