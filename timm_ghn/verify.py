@@ -60,9 +60,10 @@ def verify(source: str | os.PathLike[str], architectures: Sequence[str] = ARCHIT
         if all(config[name] == value for name, value in entry["config"].items())
     ]
     if not matching:
-        known = (f"{name} ({_kind(entry['config'])})" for name, entry in published.items())
+        own = {name: config[name] for entry in published.values() for name in entry["config"]}
+        known = (f"{name} ({_told(entry['config'])})" for name, entry in published.items())
         raise GHNError(
-            f"No norms were published for a GHN like {source} ({_kind(config)}); there are those of {', '.join(known)}."
+            f"No norms were published for a GHN like {source} ({_told(own)}); there are those of {', '.join(known)}."
         )
     norms: dict[str, float] = matching[0]
     for architecture in architectures:
@@ -76,8 +77,8 @@ def verify(source: str | os.PathLike[str], architectures: Sequence[str] = ARCHIT
         yield NormCheck(architecture, _norm(model), norms[architecture])
 
 
-def _kind(config: Mapping[str, Any]) -> str:
-    return f"{config['num_classes']} classes, {config['hypernet']} of width {config['hid']}"
+def _told(config: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in config.items())
 
 
 def _norm(model: nn.Module) -> float:
