@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import timm
 import torch
 from rich.console import Console
 from rich.progress import track
-from rich.table import Column, Table
+from rich.table import Table
 from safetensors.torch import save_model
 
 from .assign import HEADS, initialize
@@ -57,8 +56,7 @@ def _add_list(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 
 def _list(args: argparse.Namespace) -> None:
-    name = partial(Column, no_wrap=True)
-    table = Table(name("tag"), "trained on", "classes", name("licence"), name("repository"))
+    table = Table("tag", "trained on", "classes", "licence", "repository")
     for tag in list_ghns():
         pin = hub_configs().get(tag)
         if pin is None:

@@ -20,7 +20,6 @@ from typing import Any, NoReturn
 import timm
 import torch
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 from safetensors import SafetensorError
 
@@ -51,13 +50,11 @@ def exit_status(program: str, command: Callable[[], object]) -> int:
 
 
 def print_table(table: Table) -> None:
-    """Prints a table in which nothing is cut, however narrow the terminal, or the 80 columns that a file counts as."""
+    """Prints a table in which no word is cut, however narrow the terminal, or the 80 columns that a file counts as."""
     for column in table.columns:
-        column.overflow = "fold"
-    console = Console()
-    needed = Measurement.get(console, console.options.update(width=10_000), table).minimum
-    console.width = max(console.width, needed)
-    console.print(table)
+        words = " ".join(map(str, (column.header, *column.cells))).split()
+        column.min_width = max(map(len, words), default=0)
+    Console().print(table, crop=False)
 
 
 @contextlib.contextmanager

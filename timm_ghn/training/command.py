@@ -282,9 +282,11 @@ def _report(args: argparse.Namespace, results: list[evaluation.Measured]) -> Non
     for kind, label in (("predicted", args.ghn), ("random", "random"), ("sgd", f"{args.sgd_steps} steps of SGD")):
         summary = evaluation.summarize(results, kind)
         if summary.count:
-            summaries[kind] = asdict(summary)
+            single = summary.count == 1  # which has no standard error
+            summaries[kind] = {**asdict(summary), "error": None if single else summary.error}
             bounds = f"{summary.smallest:.2%} to {summary.largest:.2%}"
-            table.add_row(label, f"{summary.mean:.2%}", f"{summary.error:.2%}", bounds, str(summary.count))
+            error = "" if single else f"{summary.error:.2%}"
+            table.add_row(label, f"{summary.mean:.2%}", error, bounds, str(summary.count))
     print_table(table)
     told = {name: value for name, value in vars(args).items() if isinstance(value, (str, int, list, type(None)))}
     everything = {"arguments": told, "summary": summaries, "architectures": [asdict(result) for result in results]}
