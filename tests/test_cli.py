@@ -230,18 +230,23 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_ctrl_c_during_a_sweep(workers: str, tmp_path: Path, ghn_file: Path) -> None:
-    """A terminal sends it to all processes; those that are only starting must be as silent as those at work."""
+@pytest.mark.parametrize(("workers", "seconds"), [("1", 0), ("2", 0), ("2", 100)])
+def test_ctrl_c_during_a_sweep(workers: str, seconds: int, tmp_path: Path, ghn_file: Path) -> None:
+    """A terminal sends it to all processes; those that are only starting must be as silent as those at work.
+
+    It comes so many seconds after the sweep has opened its file, which is when workers start, or with the first row.
+    """
     command = ["zoo", "resnet*", "vit*", "--ghn", str(ghn_file), "-o", str(tmp_path), "--workers", workers]
     process = subprocess.Popen(
         [sys.executable, "-m", "timm_ghn", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=environment(), start_new_session=True,
     )  # fmt: skip
     rows = tmp_path / "zoo.jsonl"
-    # With one worker a row must be there, with two the file of the rows: the workers begin to start then.
-    while process.poll() is None and not (rows.exists() and (workers == "2" or rows.stat().st_size)):
-        time.sleep(0.05)
+    while process.poll() is None and not rows.exists():
+        time.sleep(0.01)
+    deadline = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < deadline and not rows.stat().st_size:
+        time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -72,13 +72,11 @@ def process_pool(
         GHNError: If a worker is killed.
     """
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (initializer, initargs))
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which processes inherit: while they start, they are deaf
     try:
+        _hold_interrupts(True)
         for _ in range(workers):
             pool.submit(int)  # the first tasks start the processes
-    finally:
-        signal.signal(signal.SIGINT, before)
-    try:
+        _hold_interrupts(False)
         yield pool
     except BrokenProcessPool as error:
         raise GHNError("A worker process was killed, most likely for want of memory: use fewer --workers.") from error
@@ -86,8 +84,17 @@ def process_pool(
         pool.shutdown(cancel_futures=True)
 
 
+def _hold_interrupts(hold: bool) -> None:
+    """Keeps Ctrl-C waiting, here and in processes that start now, each until it lets it through itself."""
+    if sys.platform != "win32":
+        if hold:
+            resource_tracker.ensure_running()  # whose start would let it through
+        signal.pthread_sigmask(signal.SIG_BLOCK if hold else signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 def _start_worker(initializer: Callable[..., object], initargs: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    _hold_interrupts(False)
     initializer(*initargs)
 
 

@@ -292,7 +292,8 @@ def _report(args: argparse.Namespace, results: list[evaluation.Measured]) -> Non
     everything = {"arguments": told, "summary": summaries, "architectures": [asdict(result) for result in results]}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "results.json").write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
-    evaluation.plot_histogram(results, args.out / "histogram.png")
+    if summaries:
+        evaluation.plot_histogram(results, args.out / "histogram.png")
     console.print(f"written to {args.out}", highlight=False, markup=False)
     if "predicted" not in summaries:
         first = results[0]
