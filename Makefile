@@ -2,13 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Real images for the demo, if there are any: a parquet file in the schema of the Hub's uoft-cs/cifar10.
+# More real images for the demo, if there are any: a parquet file in the schema of the Hub's uoft-cs/cifar10.
 CIFAR10 ?= $(wildcard ../shared/data/cifar10-train.parquet)
 
 .PHONY: demo test zoo clean
 
 demo: $(VENV)/.installed
-	$(BIN)/timm-ghn demo $(if $(CIFAR10),--cifar10 $(CIFAR10))
+	$(BIN)/timm-ghn demo --picture build/demo.png $(if $(CIFAR10),--cifar10 $(CIFAR10))
 
 test: $(VENV)/.installed
 	$(BIN)/ruff check .

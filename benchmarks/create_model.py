@@ -16,6 +16,7 @@ import gc
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from torch import nn
 from tqdm import tqdm
 
 import timm_ghn
+from timm_ghn.command_line import Parser, architecture_name, exit_status, integer, output_directory
 
 ARCHITECTURES = (
     "test_vit", "test_resnet", "mobilenetv3_small_050", "mobilevit_xs", "mobilenetv3_small_100", "convnext_atto",
@@ -49,12 +51,15 @@ TAG = "benchmark"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ghn", default="ghn2", help="tag, directory or .safetensors file (default: %(default)s)")
-    parser.add_argument("--models", nargs="*", default=list(ARCHITECTURES), help="timm models")
-    parser.add_argument("--repeats", type=int, default=5, help="of each; fewer for large models (default: %(default)s)")
+    parser.add_argument("--models", nargs="+", type=architecture_name, default=list(ARCHITECTURES), help="timm models")
+    parser.add_argument("--repeats", type=integer(1), default=5, help="of each; fewer for large ones (%(default)s)")
     parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results", help="where to write (default: %(default)s)"
+        "--out",
+        type=output_directory,
+        default=str(Path(__file__).parent / "results"),
+        help="where to write (default: %(default)s)",
     )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -210,4 +215,4 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status("create_model.py", main))

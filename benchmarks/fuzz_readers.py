@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import random
 import resource
+import signal
 import sys
 import tempfile
 import time
@@ -27,6 +28,8 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from attacks import attacks
 from attacks.samples import EDITS, attempt, damaged, samples
+
+from timm_ghn.command_line import Parser, exit_status, integer, output_directory
 
 MEMORY = 1 << 30
 SECONDS = 5.0
@@ -58,6 +61,7 @@ def generated(corpus: dict[str, bytes], seed: int) -> tuple[str, bytes]:
 
 def work(seeds: range, out: Path, results: multiprocessing.Queue[dict[str, dict[str, int]]]) -> None:
     """Tries a range of seeds; `out`/current is the one at work, should the process die."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     torch.set_num_threads(1)
     corpus = samples()
     corpus |= {f"graphormer {format}": data for format, data in samples(hypernet="graphormer", layers=2).items()}
@@ -90,10 +94,10 @@ def work(seeds: range, out: Path, results: multiprocessing.Queue[dict[str, dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inputs", type=int, default=100_000)
-    parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("runs/fuzz"))
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inputs", type=integer(1), default=100_000)
+    parser.add_argument("--first-seed", type=integer(0), default=0)
+    parser.add_argument("--output", type=output_directory, default="runs/fuzz")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("spawn")
@@ -123,4 +127,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status("fuzz_readers.py", main))

@@ -20,6 +20,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -37,6 +38,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
+from timm_ghn.command_line import Parser, architecture_name, exit_status, integer, output_directory
 from timm_ghn.graph import trace
 from timm_ghn.ops import Topology, edge_bias, gated_gnn
 from timm_ghn.ops.edge_bias import edge_bias_reference
@@ -56,27 +58,32 @@ GPU_LEVEL_SECONDS = 1e-6
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="*", default=list(MODELS), help="timm models, as NAME or NAME:depth=BLOCKS")
-    parser.add_argument("--batches", nargs="*", type=int, default=[4, 64], help="batches of so many training graphs")
-    parser.add_argument("--dim", type=int, default=32, help="width of GHN-2's states (default: %(default)s)")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--models", nargs="*", type=model_spec, default=list(MODELS), help="as NAME or NAME:depth=BLOCKS"
+    )
+    parser.add_argument("--batches", nargs="*", type=integer(1), default=[4, 64], help="of so many training graphs")
+    parser.add_argument("--dim", type=integer(1), default=32, help="width of GHN-2's states (default: %(default)s)")
     parser.add_argument(
         "--attention-dim",
-        type=int,
+        type=integer(1),
         default=64,
         help="width of GHN-3's states, and the heads of its attention below: by "
         "default those of the smallest released GHN-3 (%(default)s)",
     )
-    parser.add_argument("--heads", type=int, default=8, help="(default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=10, help="runs to take the median of (default: %(default)s)")
+    parser.add_argument("--heads", type=integer(1), default=8, help="(default: %(default)s)")
+    parser.add_argument("--repeats", type=integer(1), default=10, help="runs to take the median of (%(default)s)")
     parser.add_argument(
         "--reference-edges",
-        type=int,
+        type=integer(0),
         default=50_000,
         help="most edges for which the reference, which keeps gigabytes, runs backward (default: %(default)s)",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results", help="where to write (default: %(default)s)"
+        "--out",
+        type=output_directory,
+        default=str(Path(__file__).parent / "results"),
+        help="where to write (default: %(default)s)",
     )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -107,6 +114,15 @@ def main() -> None:
     for title, key in (("forward", "forward"), ("forward and backward", "both")):
         console.print(layer_table(f"GHN-2's message passing, {title}", key, rows))
     console.print(attention_table(arguments, rows))
+
+
+def model_spec(text: str) -> str:
+    """The type of an argument such as ``vit_tiny_patch16_224:depth=153``."""
+    name, _, depth = text.partition(":depth=")
+    architecture_name(name)
+    if depth:
+        integer(1)(depth)
+    return text
 
 
 def model_graph(spec: str) -> tuple[Tensor, int]:
@@ -413,4 +429,4 @@ def draw(rows: list[dict[str, Any]], caption: str, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status("graph_layer.py", main))

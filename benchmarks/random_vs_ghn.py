@@ -23,7 +23,7 @@ import hashlib
 import itertools
 import json
 import math
-import multiprocessing
+import sys
 import time
 from collections.abc import Container, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -36,13 +36,23 @@ import timm
 import torch
 import torch.nn.functional as F
 from graph_layer import machine
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 from tqdm import tqdm
 
 import timm_ghn
 from timm_ghn import hub
+from timm_ghn.command_line import (
+    Parser,
+    architecture_name,
+    device_name,
+    exit_status,
+    integer,
+    output_directory,
+    positive,
+    process_pool,
+)
 from timm_ghn.evaluation import accuracy, calibrate, create_model
 from timm_ghn.finetune import PREPARATIONS
 from timm_ghn.training.data import ImageDataset, load_dataset
@@ -97,34 +107,35 @@ class Run:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="torch/cifar10", help="what the GHN was trained on (default: %(default)s)")
     parser.add_argument("--transfer", help="another data set: parquet file, image folder, torch/NAME or hfds/REPO")
     parser.add_argument("--ghn", default="ghn2", help="tag, directory or .safetensors file (default: %(default)s)")
     parser.add_argument("--sections", nargs="+", help="only these")
-    parser.add_argument("--models", nargs="+", help="timm architectures, for all sections")
+    parser.add_argument("--models", nargs="+", type=architecture_name, help="timm architectures, for all sections")
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS), help="what to begin training from")
-    parser.add_argument("--rates", nargs="+", type=float, default=[0.01, 0.03, 0.1], help="learning rates to try")
+    parser.add_argument("--rates", nargs="+", type=positive, default=[0.01, 0.03, 0.1], help="learning rates to try")
     parser.add_argument("--optimizer", default="sgd", help="any of timm's (default: %(default)s, with momentum)")
-    parser.add_argument("--seeds", type=int, default=3, help="measured runs of each kind (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=1000, help="of the first section (default: %(default)s)")
-    parser.add_argument("--holdout", type=int, default=5000, help="training images to hold out (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=1000, help="held-out images to measure on (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seeds", type=integer(1), default=3, help="measured runs of each kind (default: %(default)s)")
+    parser.add_argument("--steps", type=integer(1), default=1000, help="of the first section (default: %(default)s)")
+    parser.add_argument("--holdout", type=integer(1), default=5000, help="training images to hold out (%(default)s)")
+    parser.add_argument("--images", type=integer(1), default=1000, help="held-out images to measure on (%(default)s)")
+    parser.add_argument("--workers", type=integer(1), default=1, help="processes, of one thread each (%(default)s)")
+    parser.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--download", action="store_true", help="let torch/… fetch what is missing")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", metavar="DIR")
+    parser.add_argument("--out", type=output_directory, default=str(Path(__file__).parent / "results"), metavar="DIR")
     arguments = parser.parse_args()
     if "random" not in arguments.starts:
         parser.error("--starts must have random in it: everything is compared with it.")
+    if arguments.optimizer not in list_optimizers():
+        parser.error(f"timm has no optimizer {arguments.optimizer!r}.")
     checkpoint = hash_of(arguments.ghn)
     sections = chosen_sections(parser, arguments)
     models = {model for section in sections for model in section.models}
     unavailable = without_pretrained(models) if "pretrained" in arguments.starts else {}
     setting = (arguments.optimizer, str(arguments.holdout), str(arguments.images), timm.__version__)
     store = Store(arguments.out / "random_vs_ghn.jsonl", setting, checkpoint)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(arguments.workers, spawn, prepare_worker, (arguments,)) as pool:
+    with process_pool(arguments.workers, prepare_worker, (arguments,)) as pool:
         compared = [compare(section, arguments, unavailable, pool, store) for section in sections]
     result = {
         "machine": machine(),
@@ -357,4 +368,4 @@ def held_out_rows(count: int, wanted: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status("random_vs_ghn.py", main))

@@ -39,9 +39,10 @@ from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
+from timm_ghn.command_line import Parser, exit_status, integer, output_directory
 from timm_ghn.hypernet import GHN, GHNConfig
 from timm_ghn.ops.reference import gated_gnn_reference
-from timm_ghn.training.architectures import Architecture, architecture
+from timm_ghn.training.architectures import SPLITS, Architecture, architecture
 from timm_ghn.training.command import has_bf16
 from timm_ghn.training.config import TrainConfig
 from timm_ghn.training.folding import unfold
@@ -177,17 +178,20 @@ def measure(found: list[Architecture], plain: bool, device: str, meta_batch: int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sources", nargs="*", default=["timm", "deepnets"], help="of architectures: timm, deepnets")
-    parser.add_argument("--architectures", type=int, default=16, help="of each source (default: %(default)s)")
-    parser.add_argument("--plain-architectures", type=int, default=4, help="for the plain one (default: %(default)s)")
-    parser.add_argument("--meta-batch", type=int, default=4, help="architectures a step (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64, help="images for each (default: %(default)s)")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sources", nargs="+", choices=list(SPLITS), default=list(SPLITS), help="of architectures")
+    parser.add_argument("--architectures", type=integer(1), default=16, help="of each source (default: %(default)s)")
+    parser.add_argument("--plain-architectures", type=integer(1), default=4, help="for the plain one (%(default)s)")
+    parser.add_argument("--meta-batch", type=integer(1), default=4, help="architectures a step (default: %(default)s)")
+    parser.add_argument("--batch-size", type=integer(1), default=64, help="images for each (default: %(default)s)")
     parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results", help="where to write (default: %(default)s)"
+        "--out",
+        type=output_directory,
+        default=str(Path(__file__).parent / "results"),
+        help="where to write (default: %(default)s)",
     )
     parser.add_argument("--against", metavar="REVISION", help="also run the script of this revision, and compare")
-    parser.add_argument("--rounds", type=int, default=3, help="of this comparison (default: %(default)s)")
+    parser.add_argument("--rounds", type=integer(1), default=3, help="of this comparison (default: %(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.against:
@@ -297,4 +301,4 @@ def draw(rows: list[dict[str, Any]], caption: str, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status("training_step.py", main))

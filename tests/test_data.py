@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from torchvision.datasets import FakeData
 
 from timm_ghn.training.data import DatasetError, ImageDataset, load_dataset
 
@@ -167,6 +168,28 @@ def test_refusals(tmp_path: Path) -> None:
     for source, arguments, message in cases:
         with pytest.raises(DatasetError, match=message):
             load_dataset(source, **{"split": "all", **arguments})
+
+
+@pytest.mark.parametrize(
+    "name", ["cifar10", "CIFAR100", "mnist", "image_folder", "imagenet", "places365", "inaturalist"]
+)
+def test_torchvisions_data_sets_have_a_place_of_their_own(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path))
+    with pytest.raises(DatasetError, match=f"fetched to {tmp_path}/timm-ghn/datasets with download, or say in root"):
+        load_dataset(f"torch/{name}")
+
+
+@pytest.mark.parametrize("targets", [None, [[1, 2], [3, 4]]], ids=["none", "several for each image"])
+def test_labels_that_are_not_one_for_each_image(targets: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """INaturalist has no list of them, QMNIST eight numbers for each image."""
+    images: Any = FakeData(2)
+    if targets:
+        images.targets = targets
+    monkeypatch.setattr("timm_ghn.training.data.create_dataset", lambda **options: images)
+    with pytest.raises(DatasetError, match="torch/qmnist has no single label for each image"):
+        load_dataset("torch/qmnist", "all")
 
 
 def test_real_cifar10(shared: Path) -> None:

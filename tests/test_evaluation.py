@@ -161,10 +161,32 @@ def test_the_command(
     assert results["summary"].keys() == {"predicted", "random", "sgd"} and len(results["architectures"]) == 2
     assert (tmp_path / "histogram.png").stat().st_size > 1000
     assert "mean top-1" in capsys.readouterr().out
-    assert main([*arguments, "--source", "zoo", "--names", "test_resnet,test_vit"]) == 0
+    assert main([*arguments, "--source", "zoo", "--names", "test_resnet, test_vit,"]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert [row["name"] for row in results["architectures"]] == ["test_resnet", "test_vit"]
+    assert all(row["error"] is None for row in results["architectures"])
+    assert results["arguments"]["names"] == ["test_resnet", "test_vit"]
     assert main([*arguments, "--split", "wide"]) == 1
     assert "timm has no split 'wide'" in capsys.readouterr().err
     assert main([*arguments, "--ghn", str(save_ghn(tmp_path / "other.safetensors", num_classes=7))]) == 1
     assert "has 10 classes" in capsys.readouterr().err
+
+
+def test_an_evaluation_that_measured_nothing_has_failed(
+    tmp_path: Path, save_ghn: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = ImageDataset(torch.zeros(40, 3, 32, 32, dtype=torch.uint8), torch.arange(40) % 10, 10)
+    monkeypatch.setattr("timm_ghn.training.command.load_dataset", lambda *args, **options: data)
+
+    def build(*args: object, **options: object) -> nn.Module:
+        raise RuntimeError("[/bold] is not for images of this size")  # what a terminal must not take for markup
+
+    monkeypatch.setattr("timm_ghn.evaluation.create_model", build)
+    ghn = save_ghn(tmp_path / "ghn.safetensors")
+    arguments = ["evaluate", "--ghn", str(ghn), "--device", "cpu", "--out", str(tmp_path), "--source", "zoo"]
+    assert main([*arguments, "--names", "test_resnet"]) == 1
+    printed = capsys.readouterr()
+    assert "None of 1 networks could be measured; the first, test_resnet: RuntimeError: [/bold] is not" in printed.err
+    assert "[/bold]" in printed.out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["summary"] == {} and "RuntimeError" in results["architectures"][0]["error"]

@@ -74,23 +74,11 @@ def test_shards(tmp_path: Path, ghn_file: Path) -> None:
     assert len(set(index["weight_map"].values())) > 2
 
 
-def test_mistakes(tmp_path: Path, ghn_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for options, message in (
-        (["tset_resnet"], "did you mean 'test_resnet'?"),
-        (["test_resnet", "--max-shard-size", "much"], "'much' is no size"),
-        (["test_resnet", "--max-shard-size", "0"], "'0' is no size"),
-    ):
-        assert cli.main(["predict", *options, "-o", str(tmp_path), "--ghn", str(ghn_file)]) == 1
-        assert message in capsys.readouterr().err
+def test_weights_are_not_overwritten(tmp_path: Path, ghn_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("test_resnet", tmp_path, ghn_file)
     assert cli.main(["predict", "test_resnet", "-o", str(tmp_path), "--ghn", str(ghn_file)]) == 1
     assert "model.safetensors exists" in capsys.readouterr().err
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
-
-
-@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("500 mb", 5 * 10**8), ("17", 17), ("1.5k", 1500)])
-def test_sizes(text: str, size: int) -> None:
-    assert export.parse_size(text) == size
 
 
 def test_a_disk_without_room(tmp_path: Path, ghn_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

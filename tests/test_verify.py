@@ -72,3 +72,8 @@ def test_the_table_is_the_published_one(shared: Path) -> None:
         norms = {architecture: row[f"{column}-paramnorm"] for architecture, row in published.items()}
         assert checkpoints[name]["norms"] == norms
         assert norms.keys() >= set(ARCHITECTURES)
+
+
+def test_the_embedded_checkpoint_is_told_from_the_published_one_of_its_name() -> None:
+    with pytest.raises(GHNError, match=r"like ghn2 \(num_classes 10, .* of ghn2 \(num_classes 1000, .*\), ghn3tm8"):
+        next(verify("ghn2"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable
@@ -23,7 +22,6 @@ _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 class _Entry:
@@ -42,15 +40,6 @@ class _Entry:
         whole = torch.empty(self.shape, dtype=self.dtype)
         tile_into(whole, self._predicted)
         return whole
-
-
-def parse_size(text: str) -> int:
-    """``"5GB"``, ``"500 MB"`` or a number of bytes, as bytes."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)B?", text.upper())
-    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
-    if size <= 0:
-        raise GHNError(f"{text!r} is no size: give a number of bytes, or one with KB, MB, GB or TB, such as 5GB.")
-    return size
 
 
 def export(

@@ -15,7 +15,7 @@ def launch(target: str, arguments: Sequence[str], module: bool = False) -> None:
     """Runs a script or module in this process as ``python TARGET`` or ``python -m TARGET`` would.
 
     `SystemExit` passes through. Any other exception is reported by `sys.excepthook` as if the script had been started
-    by Python itself, and becomes exit status 1.
+    by Python itself, and becomes exit status 1, or 130 after Ctrl-C.
 
     Args:
         target: The script's file, or the module's name.
@@ -38,7 +38,7 @@ def launch(target: str, arguments: Sequence[str], module: bool = False) -> None:
             runpy.run_module(target, run_name="__main__", alter_sys=True)
         else:
             runpy.run_path(os.path.abspath(target), run_name="__main__")
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         trace = error.__traceback__
         trace = trace and trace.tb_next
         while trace and trace.tb_frame.f_globals.get("__name__") == "runpy":
@@ -46,4 +46,4 @@ def launch(target: str, arguments: Sequence[str], module: bool = False) -> None:
         if trace is None and isinstance(error, (ImportError, OSError)):
             raise GHNError(f"Cannot run {target!r}: {error}.") from error
         sys.excepthook(type(error), error.with_traceback(trace), trace)
-        sys.exit(1)
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)

@@ -6,8 +6,9 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -59,7 +60,11 @@ def verify(source: str | os.PathLike[str], architectures: Sequence[str] = ARCHIT
         if all(config[name] == value for name, value in entry["config"].items())
     ]
     if not matching:
-        raise GHNError(f"No norms were published for a GHN like {source}; there are those of {', '.join(published)}.")
+        own = {name: config[name] for entry in published.values() for name in entry["config"]}
+        known = (f"{name} ({_told(entry['config'])})" for name, entry in published.items())
+        raise GHNError(
+            f"No norms were published for a GHN like {source} ({_told(own)}); there are those of {', '.join(known)}."
+        )
     norms: dict[str, float] = matching[0]
     for architecture in architectures:
         if architecture not in norms:
@@ -70,6 +75,10 @@ def verify(source: str | os.PathLike[str], architectures: Sequence[str] = ARCHIT
             model = torchvision.models.get_model(architecture)
         initialize(model, ghn, head="predict")
         yield NormCheck(architecture, _norm(model), norms[architecture])
+
+
+def _told(config: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in config.items())
 
 
 def _norm(model: nn.Module) -> float:

@@ -13,9 +13,8 @@ import statistics
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .assign import predict_from_graph, tile
+from .command_line import process_pool
 from .creation import DeferredFills, create_predicted
 from .errors import GHNError
 from .evaluation import calibrate
@@ -195,7 +195,7 @@ def _examine_all(names: list[str], ghn: GHN, images: Tensor | None, workers: int
     if workers == 1:
         yield from (examine(name, ghn, images) for name in names)
         return
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (ghn, images)) as pool:
+    with process_pool(workers, _start_worker, (ghn, images)) as pool:
         for future in as_completed([pool.submit(_examine_in_worker, name) for name in names]):
             yield future.result()
 

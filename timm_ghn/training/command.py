@@ -16,11 +16,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 from torch import nn
 
 from timm_ghn import evaluation
+from timm_ghn.command_line import architecture_names, device_name, integer, output_directory, positive, print_table
 from timm_ghn.errors import GHNError
 from timm_ghn.hub import load_ghn
 from timm_ghn.training.architectures import FAMILIES, SPLITS, architecture
@@ -42,9 +44,9 @@ _CALIBRATION_BATCHES = 8
 def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("data")
     data.add_argument("--data", default="torch/cifar10", help="parquet file, image folder, torch/NAME or hfds/REPO")
-    data.add_argument("--holdout", type=int, default=5000, help="training images to hold out for validation")
-    data.add_argument("--image-size", type=int, help="bring all images to this size")
-    data.add_argument("--root", help="where torch/… and hfds/… keep their files")
+    data.add_argument("--holdout", type=integer(1), default=5000, help="training images to hold out for validation")
+    data.add_argument("--image-size", type=integer(1), help="bring all images to this size")
+    data.add_argument("--root", help="where torch/… and hfds/… keep their files; by default beside the Hub's cache")
     data.add_argument("--download", action="store_true", help="let torch/… fetch what is missing")
 
 
@@ -60,17 +62,19 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``timm-ghn train``; those of the run's config have no default, so that a resumed run keeps its."""
     _add_data_arguments(parser)
     run = parser.add_argument_group("run")
-    run.add_argument("--out", type=Path, default=Path("runs/ghn"), help="the run's directory")
+    run.add_argument("--out", type=output_directory, default="runs/ghn", help="the run's directory")
     run.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     run.add_argument(
         "--cooldown-from", type=Path, metavar="RUN",
         help="go on from this run's checkpoint, its learning rate falling to 0 over --steps more or --minutes",
     )  # fmt: skip
     run.add_argument("--init", help="start from these weights: a tag, directory, .safetensors file or hf-hub:org/repo")
-    run.add_argument("--minutes", type=float, help="wall-clock budget; without --steps it also sets the pace")
-    run.add_argument("--steps", type=int, help="length of the run, which resumes exactly then")
-    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    run.add_argument("--workers", type=int, default=1, help="processes that prepare architectures, for each process")
+    run.add_argument("--minutes", type=positive, help="wall-clock budget; without --steps it also sets the pace")
+    run.add_argument("--steps", type=integer(1), help="length of the run, which resumes exactly then")
+    run.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
+    run.add_argument(
+        "--workers", type=integer(0), default=1, help="processes that prepare architectures, for each process"
+    )
 
     config = parser.add_argument_group("config")
     config.add_argument("--preset", choices=PRESETS, help="recipe; ghn2 if not given")
@@ -80,24 +84,24 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         help="a part of the mixture: families up to a tier (0 to 2), within so many multiply-accumulates, drawn as "
         "often as its weight says, from this step on; may be repeated",
     )  # fmt: skip
-    config.add_argument("--seed", type=int)
-    config.add_argument("--meta-batch", type=int, help="architectures a step, over all processes")
-    config.add_argument("--batch-size", type=int, help="images for each of them")
+    config.add_argument("--seed", type=integer(0))
+    config.add_argument("--meta-batch", type=integer(1), help="architectures a step, over all processes")
+    config.add_argument("--batch-size", type=integer(1), help="images for each of them")
     config.add_argument("--optimizer", choices=OPTIMIZERS)
-    config.add_argument("--lr", type=float)
+    config.add_argument("--lr", type=positive)
     config.add_argument("--schedule", choices=SCHEDULES, help="of the learning rate; constant for an open end")
-    config.add_argument("--network-clip", type=float, help="limit for the norm of each network's gradient")
-    config.add_argument("--eval-every", type=int, help="steps between validations and checkpoints")
-    config.add_argument("--val-architectures", type=int)
-    config.add_argument("--val-images", type=int)
+    config.add_argument("--network-clip", type=positive, help="limit for the norm of each network's gradient")
+    config.add_argument("--eval-every", type=integer(1), help="steps between validations and checkpoints")
+    config.add_argument("--val-architectures", type=integer(1))
+    config.add_argument("--val-images", type=integer(1))
     config.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="by default where the device has it")
     config.add_argument("--hypernet", choices=("gatedgnn", "graphormer", "mlp"))
     config.add_argument("--decoder", choices=("conv", "mlp", "lowrank"))
-    config.add_argument("--hid", type=int)
-    config.add_argument("--layers", type=int)
-    config.add_argument("--heads", type=int)
-    config.add_argument("--rank", type=int, help="of a low-rank decoder's matrices")
-    config.add_argument("--max-shape", type=_integers, metavar="OUT,IN,H,W")
+    config.add_argument("--hid", type=integer(1))
+    config.add_argument("--layers", type=integer(1))
+    config.add_argument("--heads", type=integer(1))
+    config.add_argument("--rank", type=integer(1), help="of a low-rank decoder's matrices")
+    config.add_argument("--max-shape", type=_kernel, metavar="OUT,IN,H,W")
     parser.set_defaults(run=train)
 
 
@@ -106,16 +110,26 @@ def _share(text: str) -> dict[str, Any]:
     if source not in FAMILIES:
         raise argparse.ArgumentTypeError(f"{source!r} is not among {', '.join(FAMILIES)}")
     kinds: dict[str, Callable[[str], Any]]
-    kinds = {"families": int, "max_macs": lambda text: int(float(text)), "weight": float, "from_step": int}
+    kinds = {
+        "families": integer(0, 2), "max_macs": lambda text: int(positive(text)), "weight": positive,
+        "from_step": integer(0),
+    }  # fmt: skip
+    if len(numbers) > len(kinds):
+        raise argparse.ArgumentTypeError(f"{text!r} has more parts than SOURCE:TIER:MACS:WEIGHT:STEP")
     share: dict[str, Any] = {name: kind(n) for (name, kind), n in zip(kinds.items(), numbers, strict=False)}
     if numbers:
         tier = share["families"]
         share["families"] = [name for name in SPLITS[source]["train"].families if FAMILIES[source][name].tier <= tier]
+        if not share["families"]:
+            raise argparse.ArgumentTypeError(f"{source} has no families up to tier {tier}")
     return {"source": source, **share}
 
 
-def _integers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
+def _kernel(text: str) -> list[int]:
+    sizes = [integer(1)(number) for number in text.split(",")]
+    if len(sizes) != 4:
+        raise argparse.ArgumentTypeError(f"{text!r} has {len(sizes)} numbers, not four")
+    return sizes
 
 
 def train(args: argparse.Namespace) -> None:
@@ -206,16 +220,19 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split", default="test", help="of random networks: val, test; deepnets: also wide, deep, dense, bnfree"
     )
-    parser.add_argument("--architectures", type=int, default=100, help="measure the first so many")
-    parser.add_argument("--names", help="of real networks, with commas between; some of ten families if not given")
+    parser.add_argument("--architectures", type=integer(1), default=100, help="measure the first so many")
+    parser.add_argument(
+        "--names", type=architecture_names,
+        help="of real networks, with commas between; some of ten families if not given",
+    )  # fmt: skip
     parser.add_argument("--data-split", choices=("val", "test"), default="val", help="images to measure on")
-    parser.add_argument("--images", type=int, default=5000, help="measure on the first so many")
+    parser.add_argument("--images", type=integer(1), default=5000, help="measure on the first so many")
     parser.add_argument(
-        "--sgd-steps", type=int, default=0, help="also measure so many steps of SGD from random weights"
+        "--sgd-steps", type=integer(0), default=0, help="also measure so many steps of SGD from random weights"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--out", type=Path, default=Path("evaluation"), help="directory for results.json, histogram.png"
+        "--out", type=output_directory, default="evaluation", help="directory for results.json, histogram.png"
     )
     parser.set_defaults(run=evaluate)
 
@@ -223,6 +240,10 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 def evaluate(args: argparse.Namespace) -> None:
     """Runs ``timm-ghn evaluate``."""
     logging.basicConfig(format="%(message)s")
+    if args.source != "zoo" and args.names:
+        raise GHNError(f"--names are names in timm, but the networks of --source {args.source} are random: choose zoo.")
+    if args.source != "zoo" and args.split not in SPLITS[args.source]:
+        raise GHNError(f"{args.source} has no split {args.split!r}; choose from {', '.join(SPLITS[args.source])}.")
     ghn = load_ghn(args.ghn, args.device)
     train, data = (_load_data(args, split).to(args.device) for split in ("train", args.data_split))
     if data.num_classes != ghn.config.num_classes:
@@ -251,10 +272,8 @@ def evaluate(args: argparse.Namespace) -> None:
 def _builders(args: argparse.Namespace, num_classes: int, image_size: int) -> dict[str, Callable[[], nn.Module]]:
     """What makes each network, by name."""
     if args.source == "zoo":
-        names = args.names.split(",") if args.names else evaluation.ZOO[: args.architectures]
+        names = args.names or evaluation.ZOO[: args.architectures]
         return {name: partial(evaluation.create_model, name, num_classes, image_size) for name in names}
-    if args.split not in SPLITS[args.source]:
-        raise GHNError(f"{args.source} has no split {args.split!r}; choose from {', '.join(SPLITS[args.source])}.")
     builders: dict[str, Callable[[], nn.Module]] = {}
     for index in range(min(args.architectures, SPLITS[args.source][args.split].size)):
         found = architecture(args.source, args.split, index, image_size=image_size)
@@ -268,24 +287,27 @@ def _report(args: argparse.Namespace, results: list[evaluation.Measured]) -> Non
     if len(results) <= 40:
         table = Table("architecture", "parameters", "predicted", "top-1")
         for result in results:
-            top1 = f"{result.accuracy['predicted']:.2%}" if result.error is None else result.error
+            top1 = f"{result.accuracy['predicted']:.2%}" if result.error is None else escape(result.error)
             table.add_row(result.name, f"{result.parameters / 1e6:.1f} M", f"{result.predicted_fraction:.1%}", top1)
-        console.print(table)
+        print_table(table)
     summaries = {}
     table = Table("weights", "mean top-1", "standard error", "range", "architectures")
     for kind, label in (("predicted", args.ghn), ("random", "random"), ("sgd", f"{args.sgd_steps} steps of SGD")):
         summary = evaluation.summarize(results, kind)
         if summary.count:
-            summaries[kind] = asdict(summary)
+            single = summary.count == 1  # which has no standard error
+            summaries[kind] = {**asdict(summary), "error": None if single else summary.error}
             bounds = f"{summary.smallest:.2%} to {summary.largest:.2%}"
-            table.add_row(label, f"{summary.mean:.2%}", f"{summary.error:.2%}", bounds, str(summary.count))
-    console.print(table)
-    told = {name: value for name, value in vars(args).items() if isinstance(value, (str, int, type(None)))}
+            error = "" if single else f"{summary.error:.2%}"
+            table.add_row(label, f"{summary.mean:.2%}", error, bounds, str(summary.count))
+    print_table(table)
+    told = {name: value for name, value in vars(args).items() if isinstance(value, (str, int, list, type(None)))}
     everything = {"arguments": told, "summary": summaries, "architectures": [asdict(result) for result in results]}
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "results.json").write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "results.json").write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
+    if summaries:
         evaluation.plot_histogram(results, args.out / "histogram.png")
-    except OSError as error:
-        raise GHNError(f"Cannot write to {args.out} ({error}); choose another directory.") from error
     console.print(f"written to {args.out}", highlight=False, markup=False)
+    if "predicted" not in summaries:
+        first = results[0]
+        raise GHNError(f"None of {len(results)} networks could be measured; the first, {first.name}: {first.error}")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -105,6 +106,11 @@ def _crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
     return padded[which, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
+def default_root() -> Path:
+    """Where torchvision's data sets are kept, which know no such folder by themselves."""
+    return Path(huggingface_hub.constants.HF_HOME) / "timm-ghn" / "datasets"
+
+
 def load_dataset(
     source: str,
     split: str = "train",
@@ -126,7 +132,7 @@ def load_dataset(
             class.
         image_size: Scale the shorter side to this and cut out the centre. Needed if images differ in size.
         num_classes: Number of classes, where the source does not tell and the largest label may be missing.
-        root: Where "torch/…" and "hfds/…" keep their files.
+        root: Where "torch/…" and "hfds/…" keep their files; if None, `default_root` or the Hub's own cache.
         download: Let "torch/…" fetch what is missing.
 
     Raises:
@@ -206,6 +212,7 @@ def _read_with_timm(source: str, split: str, root: str | None, download: bool) -
         ]
     elif source.startswith("torch/"):
         half = "train" if split == "train" else "validation"
+        root = root or str(default_root())
         attempts = [{"name": source, "root": root, "split": half, "download": download}]
     elif Path(source).is_dir():
         if split == "test":
@@ -230,9 +237,15 @@ def _read_with_timm(source: str, split: str, root: str | None, download: bool) -
         except (RuntimeError, ImportError, OSError, ValueError, KeyError, AssertionError) as error:
             failures.append(error)
     else:
-        raise DatasetError(f"timm cannot open {source}, split {split}: {failures[0]}") from failures[0]
+        remedy = ""
+        if source.startswith("torch/"):
+            remedy = f"; let it be fetched to {root} with download, or say in root where it is"
+        raise DatasetError(f"timm cannot open {source}, split {split}: {failures[0]}{remedy}") from failures[0]
     if not hasattr(dataset, "reader"):
-        return np.array(dataset.targets, np.int64), lambda row: dataset[row][0], len(dataset.classes)
+        labels = np.array(getattr(dataset, "targets", ()), np.int64)
+        if labels.shape != (len(dataset),):
+            raise DatasetError(f"{source} has no single label for each image; give a folder of its images instead.")
+        return labels, lambda row: dataset[row][0], len(dataset.classes)
     # Past the data set to its reader: for a damaged image, the data set answers with the next good one.
     reader = dataset.reader
 
@@ -240,8 +253,8 @@ def _read_with_timm(source: str, split: str, root: str | None, download: bool) -
         with reader[row][0] as file:
             return bytes(file.read())
 
-    labels = [label for _, label in reader.samples] if hasattr(reader, "samples") else list(reader.iter_targets())
-    return np.array(labels, np.int64), encoded, len(reader.class_to_idx) or None
+    targets = [label for _, label in reader.samples] if hasattr(reader, "samples") else list(reader.iter_targets())
+    return np.array(targets, np.int64), encoded, len(reader.class_to_idx) or None
 
 
 def _decode(encoded: Callable[[int], Any], rows: np.ndarray, image_size: int | None, source: str) -> Tensor:

@@ -1,0 +1,197 @@
+"""What all commands share: types of arguments, which refuse a mistake before any work is done, and the exit status."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import math
+import re
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context, resource_tracker
+from pathlib import Path
+from typing import Any, NoReturn
+
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors import SafetensorError
+
+from .errors import GHNError
+
+EXIT_STATUS = "Exit status: 0 done; 1 failed, for the reason given; 2 wrong arguments; 130 interrupted by Ctrl-C."
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one line, without the list of all options."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (all options: {self.prog} --help)\n")
+
+
+def exit_status(program: str, command: Callable[[], object]) -> int:
+    """Runs a command and returns the exit status; what a user can do something about is told in one line."""
+    try:
+        command()
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\n{program}: interrupted\n")
+        return 130
+    except (GHNError, OSError, SafetensorError) as error:
+        sys.stderr.write(f"{program}: {' '.join(str(error).split())}\n")
+        return 1
+    return 0
+
+
+def print_table(table: Table) -> None:
+    """Prints a table in which no word is cut, however narrow the terminal, or the 80 columns that a file counts as."""
+    for column in table.columns:
+        words = " ".join(map(str, (column.header, *column.cells))).split()
+        column.min_width = max(map(len, words), default=0)
+    Console().print(table, crop=False)
+
+
+@contextlib.contextmanager
+def process_pool(
+    workers: int, initializer: Callable[..., object], initargs: tuple[Any, ...]
+) -> Iterator[ProcessPoolExecutor]:
+    """Worker processes that Ctrl-C ends without a word.
+
+    Args:
+        workers: How many.
+        initializer: Called in each before anything else, with `initargs`.
+        initargs: What can be pickled.
+
+    Raises:
+        GHNError: If a worker is killed.
+    """
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (initializer, initargs))
+    try:
+        _hold_interrupts(True)
+        for _ in range(workers):
+            pool.submit(int)  # the first tasks start the processes
+        _hold_interrupts(False)
+        yield pool
+    except BrokenProcessPool as error:
+        raise GHNError("A worker process was killed, most likely for want of memory: use fewer --workers.") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _hold_interrupts(hold: bool) -> None:
+    """Keeps Ctrl-C waiting, here and in processes that start now, each until it lets it through itself."""
+    if sys.platform != "win32":
+        if hold:
+            resource_tracker.ensure_running()  # whose start would let it through
+        signal.pthread_sigmask(signal.SIG_BLOCK if hold else signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def _start_worker(initializer: Callable[..., object], initargs: tuple[Any, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    _hold_interrupts(False)
+    initializer(*initargs)
+
+
+# --- types of arguments -----------------------------------------------------------------------------------------------
+
+
+def integer(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """The type of a whole number within bounds."""
+
+    def parse(text: str) -> int:
+        with contextlib.suppress(ValueError):
+            if least <= (number := int(text)) <= most:
+                return number
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least:,} to {most:,}")
+
+    return parse
+
+
+def positive(text: str) -> float:
+    """A finite number above zero."""
+    with contextlib.suppress(ValueError):
+        if 0 < (number := float(text)) < math.inf:
+            return number
+    raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+
+
+def file_size(text: str) -> int:
+    """``"5GB"``, ``"500 MB"`` or a number of bytes, as bytes."""
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?) ?([KMGT]?)B?", text.upper())
+    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
+    if size <= 0:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no size: give a number of bytes, or one with KB, MB, GB or TB, such as 5GB"
+        )
+    return size
+
+
+def device_name(text: str) -> str:
+    """A device that this machine has."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    count = torch.accelerator.device_count() if accelerator else 0
+    with contextlib.suppress(RuntimeError):  # what is not even the name of one
+        wanted = torch.device(text)
+        if wanted.type == "cpu" or (accelerator and wanted.type == accelerator.type and (wanted.index or 0) < count):
+            return text
+    present = ["cpu", *(f"{accelerator.type}:{index}" for index in range(count) if accelerator)]
+    raise argparse.ArgumentTypeError(f"there is no device {text!r} here, only {', '.join(present)}")
+
+
+def architecture_name(text: str) -> str:
+    """The name of an architecture that timm has."""
+    if not timm.is_model(text):
+        nearest = difflib.get_close_matches(text, timm.list_models(), n=1, cutoff=0.0)[0]
+        raise argparse.ArgumentTypeError(f"timm has no architecture {text!r}: did you mean {nearest!r}?")
+    return text
+
+
+def architecture_names(text: str) -> list[str]:
+    """Names of architectures, with commas between."""
+    if names := [architecture_name(name) for part in text.split(",") if (name := part.strip())]:
+        return names
+    raise argparse.ArgumentTypeError(f"{text!r} names no architecture")
+
+
+@contextlib.contextmanager
+def _writing_to(text: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"nothing can be written to {text!r} ({error.strerror})") from error
+
+
+def output_directory(text: str) -> Path:
+    """A directory that files can be written to; it need not exist yet, and is not made here."""
+    with _writing_to(text):
+        existing = directory = Path(text)
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+        if not existing.is_dir():
+            raise argparse.ArgumentTypeError(f"{str(existing)!r} is a file; give a directory")
+        tempfile.TemporaryFile(dir=existing).close()
+    return directory
+
+
+def output_file(suffix: str) -> Callable[[str], Path]:
+    """The type of a file that can be written, whose name says what it is."""
+
+    def parse(text: str) -> Path:
+        with _writing_to(text):
+            file = Path(text)
+            if file.is_dir():
+                raise argparse.ArgumentTypeError(f"{text!r} is a directory; give the name of a file")
+            if file.suffix != suffix:
+                raise argparse.ArgumentTypeError(f"a {suffix} file is written; give it such a name, not {text!r}")
+            output_directory(str(file.parent))
+            if file.exists():
+                file.open("ab").close()
+        return file
+
+    return parse
