@@ -12,6 +12,7 @@ import argparse
 import json
 import logging
 import os
+import sys
 import tempfile
 import time
 from contextlib import closing
@@ -26,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from timm_ghn.command_line import Parser, exit_status, integer, positive
 from timm_ghn.hub import load_ghn
 from timm_ghn.training.architectures import families
 from timm_ghn.training.config import TrainConfig
@@ -79,11 +81,13 @@ def run(config: TrainConfig, init: str | None, train: Any, val: Any, seconds: fl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="torch/cifar10", help="as for timm-ghn train (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=480, help="of CPU for each trial (default: %(default)s)")
-    parser.add_argument("--max-macs", type=float, default=12e6, help="of an architecture (default: %(default)s)")
-    parser.add_argument("--tier", type=int, default=2, help="families up to this difficulty (default: %(default)s)")
+    parser.add_argument("--seconds", type=positive, default=480, help="of CPU for each trial (default: %(default)s)")
+    parser.add_argument("--max-macs", type=positive, default=12e6, help="of an architecture (default: %(default)s)")
+    parser.add_argument(
+        "--tier", type=integer(0), default=2, help="families up to this difficulty (default: %(default)s)"
+    )
     parser.add_argument("--init", help="start from these weights instead of from scratch")
     parser.add_argument("--trials", nargs="*", choices=TRIALS, default=list(TRIALS)[:5], help="which to run")
     parser.add_argument(
@@ -118,4 +122,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_status("training_trials.py", main))
