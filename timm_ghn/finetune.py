@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from . import derived
+
 if TYPE_CHECKING:
     from .assign import Prediction
 
@@ -49,7 +51,12 @@ def prepare(model: nn.Module, prediction: Prediction, name: str) -> Prediction:
     Returns:
         The prediction with the prepared weights in full instead of tiles.
     """
-    groups = {f"{prefix}.weight": getattr(module, "groups", 1) for prefix, module in model.named_modules()}
+    groups = {
+        f"{prefix}.{name}".removeprefix("."): module.groups
+        for prefix, module in model.named_modules()
+        if isinstance(module, nn.modules.conv._ConvNd)
+        for name, _ in module.named_parameters()
+    }
     changed = {}
     for op, node in zip(prediction.graph.ops, prediction.graph.names, strict=True):
         if op in ("conv", "sep_conv", "dil_conv") and node in prediction and node not in prediction.graph.head:
@@ -60,7 +67,8 @@ def prepare(model: nn.Module, prediction: Prediction, name: str) -> Prediction:
             else:
                 shaped, scale = _with_singular_values(matrices, torch.ones_like), _he(weight)
             changed[node] = (shaped * (scale / _rms(shaped))).to(weight).contiguous().view_as(weight)
-    return prediction.replaced(changed)
+    prediction = prediction.replaced(changed)
+    return prediction.replaced(*derived.solve(model, prediction))
 
 
 def _lifted(singular: Tensor) -> Tensor:
