@@ -62,11 +62,8 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor | tuple[Tensor, Tensor]
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and name not in norms
     ]
     if without:
-        logger.warning(
-            "%d batch norms, %s first, keep no running statistics: the output for an image depends on its whole batch",
-            len(without),
-            without[0] or type(model).__name__,
-        )
+        names = ", ".join(name or type(model).__name__ for name in without[:3]) + (", …" if len(without) > 3 else "")
+        logger.warning("no running statistics in %s: the output for an image depends on its whole batch", names)
     if not norms:
         return model
     momenta = {norm: norm.momentum for norm in norms.values()}
