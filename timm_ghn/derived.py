@@ -92,22 +92,26 @@ def copies(model: nn.Module, names: Collection[str]) -> dict[str, str]:
     Returns:
         Names of other parameters and of buffers, each with the name of the parameter it is a copy of.
     """
-    sources: dict[tuple[torch.Size, float], list[str]] = defaultdict(list)
-    others: list[tuple[str, Tensor]] = []
-    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+
+    def ends(tensor: Tensor) -> tuple[float, float] | None:
+        """First and last value, unless they are the same as in a constant."""
         if tensor.is_meta or tensor.layout is not torch.strided or not tensor.is_floating_point() or not tensor.numel():
-            continue
-        if name in names:
-            sources[tensor.shape, tensor[(0,) * tensor.ndim].item()].append(name)
-        else:
-            others.append((name, tensor))
-    found = {}
-    for name, tensor in others:
-        candidates = sources.get((tensor.shape, tensor[(0,) * tensor.ndim].item()), ())
-        if candidates and bool((tensor != tensor[(0,) * tensor.ndim]).any()):
-            for source in candidates:
-                if torch.equal(tensor, model.get_parameter(source).to(tensor)):
-                    found[name] = source
+            return None
+        first, last = tensor[(0,) * tensor.ndim].item(), tensor[(-1,) * tensor.ndim].item()
+        return None if first == last else (first, last)
+
+    parameters = dict(model.named_parameters())
+    others: dict[torch.Size, list[tuple[str, Tensor, tuple[float, float]]]] = defaultdict(list)
+    for name, tensor in itertools.chain(parameters.items(), model.named_buffers()):
+        if name not in names and (values := ends(tensor)):
+            others[tensor.shape].append((name, tensor, values))
+    found: dict[str, str] = {}
+    for source in names:
+        parameter = parameters[source]
+        values = ends(parameter) if parameter.shape in others else None
+        for name, tensor, other in others[parameter.shape] if values else ():
+            if other == values and torch.equal(tensor, parameter.to(tensor)):
+                found[name] = source
     return found
 
 
