@@ -220,7 +220,7 @@ def predict_from_graph(
 
 def is_zero(parameter: torch.Tensor) -> bool:
     """Whether all of a parameter's values are zero, as far as it has values."""
-    if parameter.is_meta or parameter.numel() == 0 or parameter.layout is not torch.strided:
+    if not derived.has_values(parameter):
         return False
     return not parameter[(0,) * parameter.ndim].item() and not parameter.any().item()
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -82,6 +83,12 @@ def _weight_hooks(module: nn.Module) -> Iterator[WeightNorm | SpectralNorm | Bas
             yield hook
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor's values can be looked at, one by one."""
+    is_real = not tensor.is_meta and not isinstance(tensor, FakeTensor)
+    return is_real and tensor.layout is torch.strided and tensor.numel() > 0
+
+
 def copies(model: nn.Module, names: Collection[str]) -> dict[str, str]:
     """Tensors with the values of a parameter, as a momentum encoder starts from; constants are nobody's copy.
 
@@ -95,7 +102,7 @@ def copies(model: nn.Module, names: Collection[str]) -> dict[str, str]:
 
     def ends(tensor: Tensor) -> tuple[float, float] | None:
         """First and last value, unless they are the same as in a constant."""
-        if tensor.is_meta or tensor.layout is not torch.strided or not tensor.is_floating_point() or not tensor.numel():
+        if not has_values(tensor) or not tensor.is_floating_point():
             return None
         first, last = tensor[(0,) * tensor.ndim].item(), tensor[(-1,) * tensor.ndim].item()
         return None if first == last else (first, last)
