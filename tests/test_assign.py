@@ -11,6 +11,7 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from timm_ghn import GHN, PredictionError, TraceError, initialize, load_ghn, predict
@@ -93,6 +94,22 @@ def test_every_parameter_is_accounted_for_and_written(name: str, kwargs: dict[st
 def test_the_same_checkpoint_predicts_the_same_numbers(ghn: GHN) -> None:
     first, second = (predict(timm.create_model("resnet18", num_classes=10), ghn) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "test_vit", "test_convnext"])
+def test_a_prediction_can_be_saved_and_changed(name: str, ghn: GHN, tmp_path: Path) -> None:
+    model = timm.create_model(name, num_classes=10)
+    prediction = predict(model, ghn)
+    tensors = dict(prediction)
+    assert all(tensor.is_contiguous() and tensor.shape == prediction.shapes[key] for key, tensor in tensors.items())
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors.values()}) == len(tensors)
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors.values())
+    save_file(tensors, tmp_path / "weights.safetensors")
+    initialize(model, ghn)
+    for key, tensor in load_file(tmp_path / "weights.safetensors").items():
+        assert torch.equal(tensor, model.get_parameter(key))
+        tensors[key].zero_()
+        assert torch.equal(prediction[key], tensor)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

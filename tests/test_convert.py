@@ -216,14 +216,14 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 @pytest.fixture
 def bounded() -> Iterator[None]:
-    """Half a gigabyte more memory than there is now, and ten seconds."""
+    """Half a gigabyte more memory than there is now, and ten seconds of the processor."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (512 << 20), hard))
-    started = time.perf_counter()
+    started = time.process_time()
     yield
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-    assert time.perf_counter() - started < 10
+    assert time.process_time() - started < 10
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="memory is bounded by means of Linux")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -69,6 +70,72 @@ def test_calibrate_leaves_models_without_batch_norms_alone() -> None:
     assert calibrate(model, []) is model
 
 
+def test_calibrate_says_which_batch_norms_have_no_statistics(
+    batches: Batches, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.BatchNorm2d(4))
+    calibrate(model, batches)
+    assert "no running statistics in 1:" in caplog.text
+    assert model[2].num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm2d])
+def test_calibrate_reaches_every_norm_with_statistics(norm: Any, momentum: float | None, batches: Batches) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), norm(4, momentum=momentum, track_running_stats=True))
+    calibrate(model, batches)
+    features = [model[0](images).detach() for images, _ in batches]
+    torch.testing.assert_close(model[1].running_mean, torch.stack([x.mean((0, 2, 3)) for x in features]).mean(0))
+    dims = (2, 3) if norm is nn.InstanceNorm2d else (0, 2, 3)
+    variances = torch.stack([x.var(dims).view(-1, 4).mean(0) for x in features])
+    torch.testing.assert_close(model[1].running_var, variances.mean(0))
+    assert model[1].momentum == momentum
+
+
+def test_calibrate_reaches_timms_evonorms(batches: Batches) -> None:
+    norm = timm.layers.EvoNorm2dB0(3)
+    calibrate(norm, batches)
+    variances = torch.stack([images.var((0, 2, 3)) for images, _ in batches])
+    torch.testing.assert_close(norm.running_var, variances.mean(0), rtol=1e-3, atol=0)
+    assert norm.momentum == 0.1
+
+
+def test_a_norm_that_is_called_twice_takes_the_average_of_its_calls(batches: Batches) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.unused = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+            self.unused.running_mean.fill_(7)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(x) + self.norm(3 * x)
+
+    model = calibrate(Twice(), batches)
+    mean = torch.stack([images.mean((0, 2, 3)) for images, _ in batches]).mean(0)
+    torch.testing.assert_close(model.norm.running_mean, 2 * mean)
+    assert (model.unused.running_mean == 7).all()
+
+
+@pytest.mark.parametrize(
+    ("batch", "error"),
+    [
+        (torch.full((2, 3, 32, 32), torch.nan), "NaN or infinite"),
+        (torch.full((2, 3, 32, 32), torch.inf), "NaN or infinite"),
+        (1e30 * torch.eye(32).expand(2, 3, 32, 32), "The statistics of 1 are not finite"),
+        (torch.zeros(0, 3, 32, 32), "no images"),
+        ("images", "not a str"),
+    ],
+    ids=["nan", "infinite", "too large", "empty", "text"],
+)
+def test_statistics_come_only_from_images(batch: Any, error: str, batches: Batches) -> None:
+    model = calibrate(network(), batches)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=error):
+        calibrate(model, [batches[0], (batch, batches[0][1])])
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert model.training and model[1].momentum == 0.3 and not model[1]._forward_pre_hooks
+
+
 def test_a_calibration_that_fails_changes_nothing(batches: Batches) -> None:
     model = calibrate(network(), batches)
     state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -104,6 +171,79 @@ def test_accuracy_counts_what_is_right() -> None:
     assert model.training
     with pytest.raises(ValueError, match="no images"):
         accuracy(model, [])
+
+
+LABELS = torch.arange(16) % 10
+
+
+@pytest.mark.parametrize(
+    ("labels", "error"),
+    [
+        (LABELS[:, None], r"integers of shape \(16,\) here, not int64 of shape \(16, 1\)"),
+        (LABELS[:1], r"not int64 of shape \(1,\)"),
+        (torch.eye(10)[LABELS], r"not float32 of shape \(16, 10\)"),
+        (torch.eye(10, dtype=torch.int64)[LABELS], r"not int64 of shape \(16, 10\)"),
+        (LABELS.float(), r"not float32 of shape \(16,\)"),
+        (LABELS > 5, r"not bool of shape \(16,\)"),
+        (LABELS.tolist(), "not a list"),
+        (LABELS + 1, "Label 10 is none of the 10 classes, which are 0 to 9"),
+        (LABELS - 1, "Label -1 is none of the 10 classes"),
+    ],
+    ids=["column", "one", "soft", "one-hot", "float", "bool", "list", "large", "negative"],
+)
+def test_labels_are_one_index_for_each_image(labels: Any, error: str, ghn_file: Path) -> None:
+    batch = (torch.zeros(16, 3, 32, 32), labels)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+    with pytest.raises(ValueError, match=error):
+        accuracy(model, [batch])
+    with pytest.raises(ValueError, match=error):
+        rank(["test_resnet"], [batch], str(ghn_file))
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("images", "error"),
+    [(torch.full((16, 3, 32, 32), torch.nan), "NaN or infinite"), (torch.zeros(0, 3, 32, 32), "no images")],
+    ids=["nan", "empty"],
+)
+def test_images_are_finite_and_there_are_some(images: torch.Tensor, error: str, ghn_file: Path) -> None:
+    batch = (images, LABELS[: len(images)])
+    with pytest.raises(ValueError, match=error):
+        accuracy(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)), [batch])
+    with pytest.raises(ValueError, match=error):
+        rank(["test_resnet"], [batch], str(ghn_file))
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (nn.Conv2d(3, 10, 3), r"not float32 of shape \(16, 10, 30, 30\)"),
+        (nn.Flatten(0), r"not float32 of shape \(49152,\)"),
+        (nn.Sequential(nn.Flatten(), nn.Unflatten(0, (8, 2)), nn.Flatten(1)), r"not float32 of shape \(8, 6144\)"),
+        (nn.LSTM(32, 10), "not a tuple"),
+    ],
+    ids=["dense", "flat", "other images", "tuple"],
+)
+def test_outputs_are_a_logit_for_each_class(model: nn.Module, shape: str) -> None:
+    images = torch.zeros(16, 3, 32) if isinstance(model, nn.LSTM) else torch.zeros(16, 3, 32, 32)
+    with pytest.raises(ValueError, match=rf"an output of shape \(16, classes\), {shape}"):
+        accuracy(model, [(images, LABELS)])
+
+
+def test_an_answer_of_nan_is_wrong() -> None:
+    class Answers(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.tensor([[0.0, torch.nan], [torch.inf, 0.0]])
+
+    assert accuracy(Answers(), [(torch.zeros(2, 3), torch.tensor([1, 0]))]) == 0.5
+
+
+def test_measuring_leaves_every_modules_mode(batches: Batches) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(3072, 10))
+    model[1].eval()
+    accuracy(model, batches)
+    sgd(model, lambda: batches[0], 1)
+    assert [module.training for module in model] == [True, False, True] and model.training
 
 
 def test_sgd_learns(batches: Batches) -> None:

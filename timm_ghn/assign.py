@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 
+from . import derived
 from .errors import PredictionError
 from .finetune import check_preparation, prepare
 from .graph import ComputationGraph, trace
+from .graph.computation_graph import PRIMITIVES, WEIGHT_PRIMITIVES
 
 if TYPE_CHECKING:
     from .hypernet import GHN
 
 HEADS = ("auto", "predict", "keep")
+
+_IDLE = "zero, so that its branch adds nothing to other weights"
 
 
 @dataclass
@@ -55,23 +60,40 @@ class Report:
 class Prediction(Mapping[str, torch.Tensor]):
     """Predicted parameters by name, each in the parameter's full shape; `.report` says what is not among them.
 
-    Only the tiles are held; a full tensor is made when it is asked for.
+    Only the tiles are held; a full tensor is made when it is asked for, contiguous and in memory of its own.
     """
 
     def __init__(
-        self, tiles: dict[str, torch.Tensor], shapes: dict[str, torch.Size], report: Report, graph: ComputationGraph
+        self,
+        tiles: Mapping[str, torch.Tensor],
+        shapes: Mapping[str, torch.Size],
+        kept: Mapping[str, str],
+        graph: ComputationGraph,
     ):
-        self.tiles = tiles
+        """Takes tiles by name, the shapes of all of the model's parameters, and the reasons of those without tile."""
+        self.tiles = dict(tiles)
         self.shapes = shapes
-        self.report = report
         self.graph = graph
+        sizes = {name: shape.numel() for name, shape in shapes.items()}
+        predicted = {name: size for name, size in sizes.items() if name in tiles}
+        self.report = Report(
+            predicted=predicted,
+            kept={name: kept[name] for name in shapes if name not in tiles},
+            predicted_fraction=sum(predicted.values()) / max(1, sum(sizes.values())),
+        )
 
-    def replaced(self, tensors: Mapping[str, torch.Tensor]) -> Prediction:
-        """The same with other values for some parameters."""
-        return Prediction({**self.tiles, **tensors}, self.shapes, self.report, self.graph)
+    def replaced(self, tensors: Mapping[str, torch.Tensor], kept: Mapping[str, str] | None = None) -> Prediction:
+        """The same with other values for some parameters, and without those that are kept, for their reasons."""
+        kept = {**self.report.kept, **(kept or {})}
+        tiles = {name: tensor for name, tensor in self.tiles.items() if name not in kept}
+        prediction = Prediction({**tiles, **tensors}, self.shapes, kept, self.graph)
+        prediction.report.seconds = self.report.seconds
+        return prediction
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return tile(self.tiles[name], self.shapes[name])
+        whole = self.tiles[name].new_empty(self.shapes[name])
+        tile_into(whole, self.tiles[name])
+        return whole
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tiles)
@@ -150,7 +172,9 @@ def predict(
     loaded = time.perf_counter()
     graph = trace(model, input_size, inputs)
     traced = time.perf_counter()
-    prediction = predict_from_graph(dict(model.named_parameters()), graph, ghn, head)
+    prediction = predict_from_graph(model, graph, ghn, head, is_zero)
+    for name in derived.copies(model, prediction.tiles).keys() & prediction.report.kept.keys():
+        prediction.report.kept[name] = "copy of a predicted parameter: copy it again"
     prediction.report.seconds = {
         "load": loaded - started,
         "trace": traced - loaded,
@@ -166,9 +190,17 @@ def check_head(head: str) -> None:
 
 
 def predict_from_graph(
-    parameters: Mapping[str, nn.Parameter], graph: ComputationGraph, ghn: GHN, head: str = "auto"
+    model: nn.Module,
+    graph: ComputationGraph,
+    ghn: GHN,
+    head: str = "auto",
+    is_zero: Callable[[torch.Tensor], bool] = lambda parameter: False,
 ) -> Prediction:
-    """Predicts named parameters whose graph is known; see `predict`."""
+    """Predicts the parameters of a model whose graph is known; see `predict`.
+
+    `is_zero` says whether all values of a parameter are known to be zero.
+    """
+    parameters = dict(model.named_parameters())
     classes = [parameters[name].shape[0] for name in graph.head]
     predict_head = head == "predict" or (head == "auto" and all(size == ghn.config.num_classes for size in classes))
     with torch.no_grad():
@@ -178,29 +210,123 @@ def predict_from_graph(
     if not predict_head:
         reason = "head=keep" if head == "keep" else f"head: the checkpoint has {ghn.config.num_classes} classes"
         kept.update(dict.fromkeys(graph.head, reason))
+    kept = _unwritable(parameters) | _idle(graph, parameters, is_zero) | kept
     tiles = {name: tensor for name, tensor in predicted.items() if name in parameters and name not in kept}
-    for name, tensor in tiles.items():
-        _check(name, tensor, parameters[name])
     missing = parameters.keys() - tiles.keys() - kept.keys()
     if missing:
         raise PredictionError(f"No prediction and no reason for {sorted(missing)[0]}; please report this architecture.")
-    sizes = {name: parameter.numel() for name, parameter in parameters.items()}
-    report = Report(
-        predicted={name: sizes[name] for name in parameters if name in tiles},
-        kept={name: kept[name] for name in parameters if name in kept},
-        predicted_fraction=sum(sizes[name] for name in tiles) / max(1, sum(sizes.values())),
-    )
-    return Prediction(tiles, {name: parameters[name].shape for name in tiles}, report, graph)
+    for name, tensor in tiles.items():
+        _check(name, tensor, parameters[name])
+    prediction = Prediction(tiles, {name: parameter.shape for name, parameter in parameters.items()}, kept, graph)
+    return prediction.replaced(*derived.solve(model, prediction))
+
+
+def is_zero(parameter: torch.Tensor) -> bool:
+    """Whether all of a parameter's values are zero, as far as it has values."""
+    if not derived.has_values(parameter):
+        return False
+    return not parameter[(0,) * parameter.ndim].item() and not parameter.any().item()
+
+
+def _unwritable(parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:
+    """Parameters that values cannot be written into, each with the reason."""
+    found: dict[str, str] = {}
+    sharing: dict[tuple[int, int], list[str]] = {}
+    for name, parameter in parameters.items():
+        cls = type(parameter)
+        if not issubclass(cls, FakeTensor) and cls.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+            raise PredictionError(
+                f"{name} is a {cls.__name__}, which is not written to as tensors are; predict before the model is "
+                "sharded or quantized."
+            )
+        if parameter.numel() == 0:
+            found[name] = "empty"
+        elif not parameter.is_floating_point():
+            found[name] = f"{parameter.dtype}, while predictions are real floating-point numbers"
+        elif parameter.layout is not torch.strided:
+            found[name] = f"{parameter.layout}, while predictions are dense"
+        elif _overlaps(parameter):
+            found[name] = "an expanded view: its elements share memory"
+        elif not parameter.is_meta:
+            place = parameter.untyped_storage()._cdata, parameter.element_size()
+            sharing.setdefault(place, []).append(name)
+    for (_, size), names in sharing.items():
+        if len(names) > 1:  # slices of one tensor, or a tie that is no tie between parameters
+            taken = torch.zeros(parameters[names[0]].untyped_storage().nbytes() // size, dtype=torch.bool)
+            for name in names:
+                parameter = parameters[name]
+                part = taken.as_strided(parameter.size(), parameter.stride(), parameter.storage_offset())
+                if part.any():
+                    found[name] = "shares memory with another parameter"
+                part.fill_(True)
+    return found
+
+
+def _overlaps(tensor: torch.Tensor) -> bool:
+    """Whether elements of a tensor lie in the same place."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
+
+
+def _idle(
+    graph: ComputationGraph, parameters: Mapping[str, nn.Parameter], is_zero: Callable[[torch.Tensor], bool]
+) -> dict[str, str]:
+    """Weights that somebody set to zero so that the branch they end adds nothing to other weights, as in an adapter.
+
+    Zeros in the last weight of a residual branch, or in the classification layer, are no such wish: they are where
+    training from random weights begins well.
+    """
+    weights = {node for node, op in enumerate(graph.ops) if op in WEIGHT_PRIMITIVES}
+    zero = {node for node in weights if is_zero(parameters[graph.names[node]])}
+    if not zero:
+        return {}
+    is_adapted = any(not parameter.requires_grad and parameter.ndim > 1 for parameter in parameters.values())
+    sources: list[list[int]] = [[] for _ in graph.ops]
+    targets: list[list[int]] = [[] for _ in graph.ops]
+    for source, target in graph.edges[graph.edges[:, 2] == 1, :2].tolist():
+        sources[target].append(source)
+        targets[source].append(target)
+
+    def before(nodes: list[int], through: Container[str] = PRIMITIVES) -> set[int]:
+        """All nodes that lead to some, directly or through others of the given primitives, and these themselves."""
+        found: set[int] = set()
+        pending = list(nodes)
+        while pending:
+            if (node := pending.pop()) not in found:
+                found.add(node)
+                if graph.ops[node] in through:
+                    pending.extend(sources[node])
+        return found
+
+    found: dict[str, str] = {}
+    for node in zero:
+        ends = [node]
+        while len(targets[ends[-1]]) == 1 and graph.ops[targets[ends[-1]][0]] == "bias":
+            ends += targets[ends[-1]]
+        sums = targets[ends[-1]]
+        if not sums or any(graph.ops[target] != "sum" for target in sums):
+            continue
+        behind = before(sources[node])
+        beside = (before(sums, {"sum", "bias"}) & weights) - zero - behind
+        if is_adapted or any(behind.issuperset(sources[other]) for other in beside):
+            names = [graph.names[end] for end in ends]
+            found |= {name: _IDLE for name in names if is_zero(parameters[name])}
+    return found
 
 
 def _check(name: str, tensor: torch.Tensor, parameter: nn.Parameter) -> None:
-    if not parameter.is_floating_point():
-        raise PredictionError(f"{name} is {parameter.dtype}; only floating-point parameters can be predicted.")
     trailing = parameter.shape[tensor.ndim :]
     if tensor.ndim > parameter.ndim or (tensor.ndim and trailing.numel() > 1) or tensor.numel() == 0:
         raise PredictionError(f"{name} has shape {tuple(parameter.shape)}, its prediction {tuple(tensor.shape)}.")
     if not torch.isfinite(tensor).all():
         raise PredictionError(f"The prediction for {name} is not finite; the GHN's weights are damaged or too large.")
+    if not torch.isfinite(tensor.to(parameter.dtype).to(tensor.dtype)).all():
+        raise PredictionError(f"The prediction for {name} is too large for {parameter.dtype}; use a wider type.")
 
 
 def initialize(
@@ -213,7 +339,9 @@ def initialize(
 ) -> Report:
     """Predicts a model's parameters and writes them in place: all or, if anything is wrong, none.
 
-    Device, dtype, mode and buffers of the model stay as they are. Arguments and errors are those of `predict`.
+    Device, dtype, mode and buffers of the model stay as they are, but for buffers that were computed from a parameter
+    (vectors of a spectral norm, the range of a quantizer, copies), which follow it. Arguments and errors are those of
+    `predict`.
     """
     prediction = predict(model, ghn, head, input_size, finetune, inputs)
     write(model, prediction)
@@ -223,9 +351,16 @@ def initialize(
 def write(model: nn.Module, prediction: Prediction) -> None:
     """Writes a prediction into the model it was made for."""
     started = time.perf_counter()
-    made_for_inference = any(parameter.is_inference() for parameter in model.parameters())
-    with torch.inference_mode() if made_for_inference else torch.no_grad():  # nothing else may write to such tensors
-        for name, parameter in model.named_parameters():
-            if name in prediction.tiles:
-                tile_into(parameter, prediction.tiles[name].to(parameter.device))
+    parameters = {name: p for name, p in model.named_parameters() if name in prediction.tiles}
+    with torch.no_grad():
+        # First, since there may be no memory for them.
+        tiles = {name: prediction.tiles[name].to(parameter.device) for name, parameter in parameters.items()}
+        copies = derived.copies(model, tiles)
+        for name, parameter in parameters.items():
+            # What was made in inference mode can only be changed in it.
+            with torch.inference_mode(parameter.is_inference()), torch.no_grad():
+                tile_into(parameter, tiles[name])
+        for name in copies.keys() & dict(model.named_buffers()).keys():
+            model.get_buffer(name).copy_(parameters[copies[name]])
+        derived.refresh(model, tiles)
     prediction.report.seconds["assign"] = time.perf_counter() - started

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .assign import Prediction, Report, check_head, predict_from_graph, write
+from .assign import Prediction, Report, check_head, is_zero, predict_from_graph, write
 from .finetune import check_preparation, prepare
 from .graph import ComputationGraph, cache, trace
 
@@ -29,6 +29,7 @@ _FILLS = frozenset({
     torch.Tensor.uniform_, torch.Tensor.normal_, torch.Tensor.fill_, torch.Tensor.zero_,
     nn.init.uniform_, nn.init.normal_, nn.init.constant_, nn.init.kaiming_uniform_,
 })  # fmt: skip
+_CONSTANT_FILLS = frozenset({torch.Tensor.fill_, torch.Tensor.zero_, nn.init.constant_})
 # What follows a fill to shape its distribution.
 _CHANGES = frozenset({
     torch.Tensor.mul_, torch.Tensor.div_, torch.Tensor.add_, torch.Tensor.sub_, torch.Tensor.erfinv_,
@@ -88,6 +89,14 @@ class DeferredFills(TorchFunctionMode):
         with torch.no_grad():
             for _, func, args, kwargs in sorted(noted, key=lambda call: call[0]):
                 func(*args, **kwargs)
+
+    def is_zero(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is all zero; it is made for that, unless it gets random numbers."""
+        storage = _storage(tensor)
+        if any(func not in _CONSTANT_FILLS for _, func, *_ in self._pending.get(storage, ())):
+            return False
+        self.run([storage])
+        return is_zero(tensor)
 
     def forget(self, tensors: Iterable[torch.Tensor]) -> None:
         """Drops what was noted down for tensors that somebody is about to write as a whole."""
@@ -162,7 +171,7 @@ def build_unwritten(
         parameters = dict(model.named_parameters())
         graph = _graph(model, parameters, input_size, key)
         traced = time.perf_counter()
-        prediction = predict_from_graph(parameters, graph, ghn, head)
+        prediction = predict_from_graph(model, graph, ghn, head, fills.is_zero)
         fills.forget(parameters[name] for name in prediction)
     except Exception:
         fills.run()  # somebody else may hold a part of what was built

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from . import derived
+
 if TYPE_CHECKING:
     from .assign import Prediction
 
@@ -49,7 +51,12 @@ def prepare(model: nn.Module, prediction: Prediction, name: str) -> Prediction:
     Returns:
         The prediction with the prepared weights in full instead of tiles.
     """
-    groups = {f"{prefix}.weight": getattr(module, "groups", 1) for prefix, module in model.named_modules()}
+    groups = {
+        f"{prefix}.{name}".removeprefix("."): module.groups
+        for prefix, module in model.named_modules()
+        if isinstance(module, nn.modules.conv._ConvNd)
+        for name, _ in module.named_parameters()
+    }
     changed = {}
     for op, node in zip(prediction.graph.ops, prediction.graph.names, strict=True):
         if op in ("conv", "sep_conv", "dil_conv") and node in prediction and node not in prediction.graph.head:
@@ -59,8 +66,9 @@ def prepare(model: nn.Module, prediction: Prediction, name: str) -> Prediction:
                 shaped, scale = _with_singular_values(matrices, _lifted), _rms(weight)
             else:
                 shaped, scale = _with_singular_values(matrices, torch.ones_like), _he(weight)
-            changed[node] = (shaped * (scale / _rms(shaped))).to(weight.dtype).view_as(weight)
-    return prediction.replaced(changed)
+            changed[node] = (shaped * (scale / _rms(shaped))).to(weight).contiguous().view_as(weight)
+    prediction = prediction.replaced(changed)
+    return prediction.replaced(*derived.solve(model, prediction))
 
 
 def _lifted(singular: Tensor) -> Tensor:
@@ -71,15 +79,15 @@ def _with_singular_values(matrices: Tensor, change: Callable[[Tensor], Tensor]) 
     """Matrices [g, m, n] with the same singular vectors and other singular values [g, min(m, n)], in float64."""
     # Noise far below what was predicted decides about directions that copies leave open, and about nothing else.
     noise = torch.randn(matrices.shape).to(matrices) * 3e-3 * matrices.square().mean().sqrt()
-    wide = (matrices + noise).double()
-    if tall := wide.shape[1] > wide.shape[2]:
-        wide = wide.mT
-    # U and S² are the Gram matrix's eigenvectors and eigenvalues: several times faster than an SVD, and float64 has
-    # digits enough for the squares.
-    squares, u = torch.linalg.eigh(wide @ wide.mT)
-    singular = squares.clamp_min(torch.finfo(squares.dtype).tiny).sqrt()
-    changed: Tensor = (u * (change(singular) / singular).unsqueeze(-2)) @ (u.mT @ wide)
-    return changed.mT if tall else changed
+    tall = (matrices + noise).double()
+    if wide := tall.shape[1] < tall.shape[2]:
+        tall = tall.mT
+    # Where copies were, singular values are 1e-7 of the largest, and a Gram matrix would square them away. The triangle
+    # of a QR decomposition keeps every digit, and its SVD takes less time than the matrix's own.
+    q, r = torch.linalg.qr(tall)
+    u, singular, v = torch.linalg.svd(r)
+    changed: Tensor = q @ ((u * change(singular).unsqueeze(-2)) @ v)
+    return changed.mT if wide else changed
 
 
 def _rms(tensor: Tensor) -> float:

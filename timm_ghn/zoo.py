@@ -68,7 +68,7 @@ def examine(name: str, ghn: GHN, images: Tensor | None = None) -> Row:
         parameters = dict(model.named_parameters())
         graph = trace(model)
         # Raises if a prediction is not finite, does not fit, or a parameter has neither a prediction nor a reason.
-        report = predict_from_graph(parameters, graph, ghn, head="predict").report
+        report = predict_from_graph(model, graph, ghn, head="predict").report
         row["seconds"] = round(time.perf_counter() - started, 4)
         size = sum(parameter.numel() for parameter in parameters.values())
         if images is not None:
