@@ -366,8 +366,8 @@ def test_every_parameter_is_predicted_once_and_scaled_as_before(ghn: GHN, name: 
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=10)
     parameters, graph = dict(model.named_parameters()), trace(model)
-    prediction = predict_from_graph(parameters, graph, ghn)
-    tied = predict_from_graph(parameters, graph, GHN(dataclasses.replace(ghn.config, split_attention=False)))
+    prediction = predict_from_graph(model, graph, ghn)
+    tied = predict_from_graph(model, graph, GHN(dataclasses.replace(ghn.config, split_attention=False)))
     assert prediction.keys() == tied.keys()
     assert not any("[" in key for key in prediction)
     for key, tensor in prediction.tiles.items():
