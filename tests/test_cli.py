@@ -306,7 +306,7 @@ def test_the_demo_classifies_its_images(tmp_path: Path, capsys: pytest.CaptureFi
 def test_the_demo_with_more_images(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = str(shared / "data" / "cifar10-train.parquet")
     assert cli.main(["demo", "--cifar10", data, "--picture", str(tmp_path / "demo.png")]) == 0
-    assert "1000 other images" in " ".join(capsys.readouterr().out.split())
+    assert "500 other images" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.usefixtures("few")

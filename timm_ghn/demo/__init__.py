@@ -37,7 +37,7 @@ _ARCHITECTURES = (
     "swin_s3_tiny_224",
 )
 _CLASSIFIERS = ("resnet18", "resnet50", "regnety_004", "efficientnet_b0", "convnext_atto", "vit_tiny_patch16_224")
-_MOST_IMAGES = 2_000
+_MOST_IMAGES = 1_000
 _BATCH = 250
 _DRAWN = 2  # images of each class
 
