@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 
+from .ambient import plain_torch
 from .errors import PredictionError
 from .finetune import check_preparation, prepare
 from .graph import ComputationGraph, trace
@@ -113,6 +115,7 @@ def _with_dims(source: torch.Tensor, dims: int) -> torch.Tensor:
     return source.view((*source.shape, *(1,) * (dims - source.ndim)))
 
 
+@plain_torch()
 def predict(
     model: nn.Module,
     ghn: str | GHN = "ghn2",
@@ -216,11 +219,21 @@ def initialize(
     return prediction.report
 
 
+@plain_torch()
 def write(model: nn.Module, prediction: Prediction) -> None:
-    """Writes a prediction into the model it was made for."""
+    """Writes a prediction into the model it was made for, and corrects its report by what cannot be written."""
     started = time.perf_counter()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in prediction.tiles:
-                tile_into(parameter, prediction.tiles[name].to(parameter.device))
-    prediction.report.seconds["assign"] = time.perf_counter() - started
+    report = prediction.report
+    parameters = dict(model.named_parameters())
+    for name in list(report.predicted):
+        parameter = parameters[name]
+        if parameter.is_meta or isinstance(parameter, FakeTensor):
+            report.kept[name] = "nothing was written: it is on the meta device, which holds no values"
+            del report.predicted[name]
+            continue
+        # What was made in inference mode can only be changed in it.
+        with torch.inference_mode(parameter.is_inference()), torch.no_grad():
+            tile_into(parameter, prediction.tiles[name].to(parameter.device))
+    sizes = [parameter.numel() for parameter in parameters.values()]
+    report.predicted_fraction = sum(report.predicted.values()) / max(1, sum(sizes))
+    report.seconds["assign"] = time.perf_counter() - started

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from .ambient import plain_torch
 from .assign import Prediction, Report, check_head, predict_from_graph, write
 from .finetune import check_preparation, prepare
 from .graph import ComputationGraph, cache, trace
@@ -160,9 +161,10 @@ def build_unwritten(
             model = build()
         built = time.perf_counter()
         parameters = dict(model.named_parameters())
-        graph = _graph(model, parameters, input_size, key)
-        traced = time.perf_counter()
-        prediction = predict_from_graph(parameters, graph, ghn, head)
+        with plain_torch():  # the model is what its maker wants; the prediction is not theirs to change
+            graph = _graph(model, parameters, input_size, key)
+            traced = time.perf_counter()
+            prediction = predict_from_graph(parameters, graph, ghn, head)
         fills.forget(parameters[name] for name in prediction)
     except Exception:
         fills.run()  # somebody else may hold a part of what was built

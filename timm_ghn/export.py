@@ -13,6 +13,7 @@ from pathlib import Path
 import timm
 import torch
 
+from .ambient import plain_torch
 from .assign import Report, tile_into
 from .creation import build_unwritten
 from .errors import GHNError
@@ -53,6 +54,7 @@ def parse_size(text: str) -> int:
     return size
 
 
+@plain_torch()
 def export(
     name: str,
     directory: Path,

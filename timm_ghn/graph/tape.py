@@ -34,12 +34,13 @@ def meta_copy(model: nn.Module) -> nn.Module:
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None:
-                empty = torch.empty_like(parameter, device="meta", dtype=torch.float32)
-                memo[id(parameter)] = nn.Parameter(empty)
+                memo[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, device="meta"))
         plain = [value for value in vars(module).values() if isinstance(value, torch.Tensor)]
         for tensor in [*module._buffers.values(), *plain]:
             if tensor is not None:
-                memo.setdefault(id(tensor), tensor.detach().to("meta"))
+                # As the parameters: in a model of another precision, both have to fit each other.
+                dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+                memo.setdefault(id(tensor), torch.empty(tensor.shape, device="meta", dtype=dtype))
     try:
         duplicate = _copy(model, memo)
     except Exception as error:

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from ..ambient import plain_torch
 from ..errors import TraceError
 from .computation_graph import BRANCH_SCALE, NORM_PRIMITIVES, POSITION_BIAS, WEIGHT_PRIMITIVES, ComputationGraph
 from .shortest_paths import with_virtual_edges
@@ -30,6 +31,7 @@ _RECTIFIERS = ("Relu", "Hard", "Sigmoid")
 _LAYER_CLASSES = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention)
 
 
+@plain_torch()
 def trace(model: nn.Module, input_size: int | Size | None = None) -> ComputationGraph:
     """Traces a model into the graph a GHN reads, on the meta device: no arithmetic and no memory for weights.
 
