@@ -117,6 +117,33 @@ def test_loading_leaves_the_random_state_alone(ghn_file: Path, tmp_path: Path) -
     assert torch.equal(torch.get_rng_state(), before)
 
 
+HELD = """
+import sys, torch, timm_ghn
+file = sys.argv[1]
+ghn = timm_ghn.load_ghn(file)
+before = {name: tensor.clone() for name, tensor in ghn.state_dict().items()}
+with open(file, "r+b") as stream:
+    stream.seek(4096)
+    stream.write(bytes(4096))
+assert all(torch.equal(tensor, before[name]) for name, tensor in ghn.state_dict().items()), "overwritten"
+open(file, "wb").close()
+assert all(torch.equal(tensor, before[name]) for name, tensor in ghn.state_dict().items()), "cut"
+timm_ghn.predict(torch.nn.Conv2d(3, 8, 3), ghn)
+print("unchanged")
+"""
+
+
+def test_a_held_ghn_owns_its_weights(ghn_file: Path, tmp_path: Path) -> None:
+    """Whatever happens to the file; in a process of its own, since reading what was cut from a mapped file ends one."""
+    file = tmp_path / "held.safetensors"
+    file.write_bytes(ghn_file.read_bytes())
+    process = subprocess.run(
+        [sys.executable, "-c", HELD, str(file)], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert process.stdout == "unchanged\n", (process.returncode, process.stderr)
+
+
 def test_a_changed_file_is_loaded_again(save_ghn: Callable[..., Path], tmp_path: Path) -> None:
     file = save_ghn(tmp_path / "g.safetensors", seed=1)
     first = load_ghn(file)

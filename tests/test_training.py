@@ -251,6 +251,15 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000001"], "nothing half-written is left"
 
 
+def test_what_is_resumed_does_not_change_with_its_file(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 1, {"optimizer": {"x": torch.ones(4096)}}, {})
+    tensors, _ = load_checkpoint(tmp_path)
+    with (tmp_path / "step-000000001" / "optimizer.safetensors").open("r+b") as stream:
+        stream.seek(1024)
+        stream.write(bytes(1024))
+    assert torch.equal(tensors["optimizer"]["x"], torch.ones(4096))
+
+
 def test_an_interrupted_save_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_checkpoint(tmp_path, 1, {"ghn": {"x": torch.ones(4)}}, {"step": 1})
     with monkeypatch.context() as patch:

@@ -30,7 +30,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
+from .ambient import plain_torch
 from .convert import convert_file
 from .errors import CheckpointError
 from .hypernet import GHN, GHNConfig
@@ -124,6 +126,7 @@ def register(tag: str, source: str | os.PathLike[str]) -> None:
         _registered[tag] = source
 
 
+@plain_torch()
 def load_ghn(
     source: str | os.PathLike[str] = "ghn2",
     device: str | torch.device | None = None,
@@ -132,8 +135,8 @@ def load_ghn(
     """Loads a GHN, verified, in eval mode.
 
     The module is shared: a second call with the same arguments returns the same object, unless the file has changed or
-    the tag means another one since. Copy it (`copy.deepcopy`) before you train it. In single precision on the CPU, its
-    weights are the file itself, mapped into memory.
+    the tag means another one since. Copy it (`copy.deepcopy`) before you train it. Its weights are read, not
+    mapped: nothing that happens to the file later reaches them.
 
     Args:
         source: A tag of `list_ghns`, a directory with ``model.safetensors`` and ``config.json``, a ``.safetensors``
@@ -406,15 +409,39 @@ def _load(checkpoint: _Checkpoint) -> GHN:
         if problems:
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
             raise CheckpointError(f"{file} disagrees with its config: {problems[0]}{more}.")
-        state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a dict
+    state = _read_tensors(file)
     for name, tensor in state.items():
         if not torch.stack(tensor.aminmax()).isfinite().all():  # NaN spreads; no temporary of the tensor's size
             raise CheckpointError(f"{file} holds NaN or infinite values in {name}: this GHN cannot predict anything.")
     # On meta nothing is initialised only to be overwritten, and the caller's random state is left alone.
     with torch.device("meta"):
         ghn = GHN(config)
-    ghn.load_state_dict(state, assign=True)
+    # Not by load_state_dict, which registers parameters: where those are made without memory for their values
+    # (accelerate's init_empty_weights), it is that function which is replaced.
+    for name, tensor in state.items():
+        prefix, _, attribute = name.rpartition(".")
+        ghn.get_submodule(prefix)._parameters[attribute] = nn.Parameter(tensor)
     return ghn.eval()
+
+
+def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checked file, all of them float32, read into memory of their own, one after the other.
+
+    A mapped file would be shared with whoever writes to it next: other values in tensors that are held, or, if it is
+    cut, the end of the process.
+    """
+    tensors = {}
+    with file.open("rb") as stream:
+        start = 8 + (length := int.from_bytes(stream.read(8), "little"))
+        for name, entry in json.loads(stream.read(length)).items():
+            if name == "__metadata__":
+                continue
+            tensor = torch.empty(entry["shape"])
+            stream.seek(start + entry["data_offsets"][0])
+            if stream.readinto(tensor.view(-1).view(torch.uint8).numpy().data) != tensor.nbytes:
+                raise CheckpointError(f"{file} was cut short while it was read: get it again.")
+            tensors[name] = tensor
+    return tensors
 
 
 def _agreed_config(checkpoint: _Checkpoint) -> GHNConfig:
