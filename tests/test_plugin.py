@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 import subprocess
 import sys
@@ -118,6 +119,11 @@ def test_ghn_kwargs_are_checked() -> None:
         create_model(MODEL, pretrained_cfg=TAG, ghn_kwargs={"head": "nonsense"})
     with pytest.raises(TypeError, match=r"ghn_kwargs is .*, not a dictionary"):
         create_model(MODEL, pretrained_cfg=TAG, ghn_kwargs="{head: keep}")
+    with pytest.raises(TypeError, match=r"ghn_kwargs has the key 'haed'; those it may have are head, input_size, fine"):
+        create_model(MODEL, pretrained_cfg=TAG, ghn_kwargs={"haed": "keep"})
+    for internal in ("key", "build", "ghn"):
+        with pytest.raises(TypeError, match="those it may have are"):
+            create_model(MODEL, pretrained_cfg=TAG, ghn_kwargs={internal: None})
     with pytest.raises(TypeError, match="ghn_kwargs"):
         create_model(MODEL, ghn_kwargs={})  # timm's own answer
 
@@ -423,6 +429,66 @@ def test_in_a_fresh_process(ghn_file: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert process.stdout == "as before\n", process.stderr
+
+
+RELOADED = """
+import importlib, itertools, sys, timm
+from timm import create_model
+from timm.models import _builder, _factory, _registry
+modules = (timm, timm.models, _factory, _builder, _registry)
+copied = lambda value: value.copy() if isinstance(value, (dict, set, list)) else value
+look = lambda: [{n: copied(v) for n, v in vars(m).items() if n != "__builtins__"} for m in modules]
+before = look()
+
+def purge(*names):
+    for name in [n for n in sys.modules if n in names or (not names and n.partition(".")[0] == "timm_ghn")]:
+        del sys.modules[name]
+    return importlib.import_module("timm_ghn.plugin")
+
+def plugin():
+    return importlib.import_module("timm_ghn.plugin")
+
+steps = {
+    "reload the plugin": lambda: importlib.reload(plugin()),
+    "reload the package": lambda: importlib.reload(importlib.import_module("timm_ghn")),
+    "purge the plugin": lambda: purge("timm_ghn.plugin"),
+    "purge everything": lambda: purge(),
+    "install": lambda: plugin().install(),
+    "uninstall": lambda: plugin().uninstall(),
+    "register": lambda: importlib.import_module("timm_ghn").register("mine", sys.argv[1]),
+}
+for name in itertools.chain(*itertools.product(steps, repeat=2)):
+    steps[name]()
+    assert create_model("test_resnet", pretrained_cfg="r160_in1k").pretrained_cfg["tag"] == "r160_in1k"
+    if name == "uninstall":
+        assert look() == before
+plugin().install()
+steps["register"]()
+assert create_model("test_resnet", pretrained_cfg="mine").pretrained_cfg["tag"] == "mine"
+assert sum(name.endswith((".mine", ".ghn2")) for name in _registry._model_has_pretrained) == 2 * len(timm.list_models())
+plugin().uninstall()
+assert look() == before
+print("right")
+"""
+
+
+def test_reloaded_and_imported_again_in_any_order(ghn_file: Path) -> None:
+    """As notebooks do; timm is right after each step, and as it was after `uninstall`."""
+    process = subprocess.run(
+        [sys.executable, "-c", RELOADED, str(ghn_file)], capture_output=True, text=True, timeout=600,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.stdout == "right\n", process.stderr
+
+
+def test_a_module_of_timms_that_is_reloaded() -> None:
+    """It has its own functions back, so the hook has to come again, and later leave those."""
+    importlib.reload(_factory)
+    plugin.install()
+    assert is_predicted(_factory.create_model(MODEL, pretrained_cfg=TAG))
+    plugin.uninstall()
+    assert _factory.model_entrypoint is _registry.model_entrypoint
+    assert _factory.split_model_name_tag is _registry.split_model_name_tag
 
 
 def test_a_patch_on_top_of_ours_survives(monkeypatch: pytest.MonkeyPatch) -> None:
