@@ -284,24 +284,11 @@ def _model_entrypoint(
         if not asked:
             return build()
         ghn = hub.load_ghn(tag)  # first, so that a missing one costs no time
-        model, report = create_predicted(build, ghn, key=_key(entrypoint, pretrained_cfg, kwargs), **ghn_kwargs)
+        model, report = create_predicted(build, ghn, **ghn_kwargs)
         logger.info("%s by %s:\n%s", model_name, tag, report)
         return model
 
     return create
-
-
-def _key(entrypoint: Callable[..., nn.Module], pretrained_cfg: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """All that decides which graph a model has; None for one that is not timm's own, whose code may change."""
-    if not entrypoint.__module__.startswith("timm.models."):
-        return None
-    return {
-        "timm": timm.__version__,
-        "entrypoint": f"{entrypoint.__module__}.{entrypoint.__qualname__}",
-        "pretrained_cfg": vars(pretrained_cfg) if dataclasses.is_dataclass(pretrained_cfg) else pretrained_cfg,
-        "kwargs": {name: value for name, value in kwargs.items() if name not in ("cache_dir", "device", "dtype")},
-        "layers": [timm.layers.is_exportable(), timm.layers.is_scriptable(), timm.layers.use_fused_attn()],
-    }
 
 
 def _build(
