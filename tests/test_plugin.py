@@ -24,6 +24,8 @@ from torch import nn
 from timm_ghn import hub, plugin
 from timm_ghn.assign import predict
 from timm_ghn.errors import CheckpointError, GHNError
+from timm_ghn.export import export
+from timm_ghn.hypernet import Images
 
 MODEL = "test_resnet"
 TAG = "ghn-test"
@@ -92,6 +94,53 @@ def test_pretrained_cfg_of_the_model() -> None:
         assert predicted[field] == plain[field]
     registered = timm.get_pretrained_cfg(f"{MODEL}.{TAG}").to_dict()
     assert registered == predicted
+
+
+PREPARED = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.1), "crop_pct": 0.9, "interpolation": "bilinear"}
+NAMES = tuple("abcdefghij")
+
+
+@pytest.fixture
+def informed(save_ghn: Callable[..., Path], tmp_path: Path) -> str:
+    """The tag of a GHN that says what images it was trained with."""
+    images = {**PREPARED, "input_size": [3, 24, 24], "label_names": NAMES}
+    hub.register("ghn-informed", save_ghn(tmp_path / "informed.safetensors", images=Images(**images)))
+    return "ghn-informed"
+
+
+@pytest.mark.parametrize("name", [MODEL, "test_vit", "test_resnet.r160_in1k"])
+def test_images_are_prepared_as_in_the_training_of_the_ghn(name: str, informed: str) -> None:
+    plain = create_model(name).pretrained_cfg
+    model = create_model(name, pretrained_cfg=informed, num_classes=10)
+    arch = name.partition(".")[0]
+    random = create_model(f"{arch}.{informed}", num_classes=10)
+    whole = create_model(arch, pretrained=True, pretrained_cfg=timm.get_pretrained_cfg(f"{arch}.{informed}").to_dict())
+    direct = timm.model_entrypoint(arch)(pretrained=True, pretrained_cfg=informed)
+    for made in (model, random, whole, direct):
+        found = timm.data.resolve_model_data_config(made)
+        assert {key: found[key] for key in PREPARED} == PREPARED
+        assert timm.data.resolve_model_data_config(made, use_test_size=True)["crop_pct"] == PREPARED["crop_pct"]
+        assert found["input_size"] == plain["input_size"]  # what the architecture takes
+    assert timm.get_pretrained_cfg(f"{arch}.{informed}").mean == PREPARED["mean"]
+    assert (model.pretrained_cfg["label_names"], model.pretrained_cfg["num_classes"]) == (NAMES, 10)
+    kept = create_model(name, pretrained_cfg=informed, num_classes=10, ghn_kwargs={"head": "keep"})
+    for made in (random, whole, kept):
+        assert "label_names" not in made.pretrained_cfg
+
+
+def test_classes_are_named_in_files(informed: str, tmp_path: Path) -> None:
+    export(MODEL, tmp_path / "out", hub.load_ghn(informed), informed, num_classes=10)
+    model = create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    assert tuple(model.pretrained_cfg["label_names"]) == NAMES
+    assert tuple(model.pretrained_cfg["mean"]) == PREPARED["mean"]
+
+
+def test_a_tag_that_is_registered_again(informed: str, ghn_file: Path) -> None:
+    hub.register(informed, ghn_file)
+    assert timm.get_pretrained_cfg(f"test_vit.{informed}").mean == timm.get_pretrained_cfg("test_vit").mean
+    with pytest.raises(CheckpointError, match="timm's own"):
+        hub.register("r160_in1k", ghn_file)
+    assert "r160_in1k" not in hub.list_ghns() and timm.is_model_pretrained("test_resnet.r160_in1k")
 
 
 def test_listing() -> None:

@@ -97,6 +97,7 @@ def test_what_a_run_leaves(uninterrupted: Path) -> None:
     assert [path.name for path in (uninterrupted / "checkpoints").iterdir()] == ["step-000000006"]
     ghn = load_ghn(uninterrupted)
     assert ghn.config == CONFIG.ghn
+    assert ghn.config.images == TRAIN.described() and ghn.config.images.input_size == (3, SIZE, SIZE)
     averaged = load_checkpoint(uninterrupted / "checkpoints")[0]["ema"]
     assert all(torch.equal(value, averaged[name]) for name, value in ghn.state_dict().items())
     card = (uninterrupted / "README.md").read_text()

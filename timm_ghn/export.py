@@ -89,7 +89,7 @@ def export(
     if present := sorted(directory.glob("*.safetensors")):
         raise GHNError(f"{present[0]} exists: give a directory without weights.")
     model, prediction = build_unwritten(lambda: timm.create_model(name, num_classes=num_classes), ghn, head)
-    label(model, tag)
+    label(model, tag, ghn.config.images, head != "keep")
     started = time.perf_counter()
     tiles = {id(parameter): prediction.tiles.get(key) for key, parameter in model.named_parameters()}
     state = model.state_dict(keep_vars=True)

@@ -42,6 +42,9 @@ logger = logging.getLogger("timm_ghn.hub")
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 _HUB_PREFIX = "hf-hub:"
+_HUB_ADDRESS = re.compile(
+    r"(?:https?://[^/]+/|hf://(?:models/)?)?([\w.-]*\w/[\w.-]+?)(?:@([\w.-]+))?(?:/(?:tree|blob|resolve)/([\w.-]+).*)?/?"
+)
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".joblib")
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -91,7 +94,7 @@ _lock = threading.Lock()
 _registered: dict[str, str] = {}
 _loading: dict[tuple[str, str, torch.dtype], threading.Lock] = {}
 _loaded: dict[tuple[str, str, torch.dtype], tuple[Any, GHN]] = {}
-# Called with a tag before it is registered; raising refuses it. The timm plugin lists its names here.
+# Called with a tag that is being registered; raising refuses it. The timm plugin lists its names here.
 on_register: list[Callable[[str], None]] = []
 
 
@@ -118,12 +121,20 @@ def register(tag: str, source: str | os.PathLike[str]) -> None:
     if source.startswith(_HUB_PREFIX):
         _split_hub_source(source)
     else:
+        _refuse_hub_address(source)
         source = str(Path(source).expanduser().absolute())
         _local_files(Path(source))
-    for check in on_register:
-        check(tag)
     with _lock:
+        before = dict(_registered)
         _registered[tag] = source
+    try:
+        for tell in on_register:
+            tell(tag)
+    except BaseException:
+        with _lock:
+            _registered.clear()
+            _registered.update(before)
+        raise
 
 
 @plain_torch()
@@ -180,6 +191,7 @@ def resolve(source: str) -> str:
             return _registered[source]
     if source in hub_configs() or source.startswith(_HUB_PREFIX):
         return source
+    _refuse_hub_address(source)
     path = Path(source).expanduser()
     if path.exists() or path.suffix or len(path.parts) > 1:
         return str(path.absolute())
@@ -190,6 +202,19 @@ def resolve(source: str) -> str:
         if nearest
         else f"Unknown GHN {source!r}, and no tag is known: register one with timm_ghn.register(tag, source)."
     )
+
+
+def _refuse_hub_address(source: str) -> None:
+    """Raises, with the right spelling, for a repository on the Hub that is written as its address or its bare name."""
+    match = _HUB_ADDRESS.fullmatch(source)
+    path = Path(source).expanduser()
+    if "://" in source or (match and not path.exists() and path.suffix not in (".safetensors", *_PICKLES)):
+        revision = match and (match[2] or match[3])
+        spelling = f"{_HUB_PREFIX}{match[1]}" if match else f"{_HUB_PREFIX}org/repo"
+        raise CheckpointError(
+            f"There is no GHN checkpoint at {source!r}: for a repository on the Hub, write "
+            f"{spelling + (f'@{revision}' if revision else '')!r}."
+        )
 
 
 @functools.cache
@@ -462,9 +487,24 @@ def _agreed_config(checkpoint: _Checkpoint) -> GHNConfig:
     where, config = next(iter(configs.items()))
     for other, second in configs.items():
         if second != config:
-            differing = ", ".join(k for k, v in config.to_dict().items() if v != second.to_dict()[k])
+            differing = ", ".join(k for k, v in config.to_dict().items() if v != second.to_dict().get(k, v))
             raise CheckpointError(f"{where} and {other} disagree about {differing}: one of them is wrong.")
+        if config.images is None:  # not every place that states a config says how the images were prepared
+            where, config = other, second
+        elif second.images not in (None, config.images):
+            raise CheckpointError(f"{where} and {other} disagree about images: one of them is wrong.")
     return config
+
+
+def stated_config(tag: str) -> GHNConfig | None:
+    """A tag's config as far as it is stated on this machine, without loading the GHN."""
+    source = resolve(tag)
+    if source in hub_configs():
+        return GHNConfig.from_dict(hub_configs()[source].config)
+    if source.startswith(_HUB_PREFIX):
+        return None
+    weights, config = _local_files(Path(source))
+    return _agreed_config(_Checkpoint(weights, _read_json(config) if config else {}))
 
 
 def _disagreements(tensors: Any, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:

@@ -26,6 +26,7 @@ from . import hub
 from .assign import initialize
 from .creation import create_predicted
 from .errors import CheckpointError, GHNError
+from .hypernet import Images
 
 logger = logging.getLogger("timm_ghn.plugin")
 
@@ -37,7 +38,7 @@ _registry = importlib.import_module("timm.models._registry")
 # What a pretrained cfg says about the weights it was made for, which predicted weights are not.
 _WEIGHTS_FIELDS = (
     "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "label_offset", "license", "description",
-    "origin_url", "paper_name", "paper_ids", "notes",
+    "origin_url", "paper_name", "paper_ids", "notes", "label_names", "label_descriptions",
 )  # fmt: skip
 _SOURCE_FIELDS = ("url", "file", "state_dict", "hf_hub_id", "source")
 _UNKNOWN = object()
@@ -130,10 +131,7 @@ def _retire(state: _State) -> None:
     """Undoes an installation, up to the names that are replaced: they only pass calls on."""
     state.hooks.clear()
     state.withdraw()
-    for entry in state.entries:
-        _registry._model_pretrained_cfgs.pop(entry, None)
-        _registry._model_has_pretrained.discard(entry)
-    state.entries.clear()
+    _remove_entries(state.entries)
 
 
 def _forget(callbacks: list[Any], callback: Any) -> None:
@@ -186,7 +184,15 @@ def _places() -> list[tuple[ModuleType, str]]:
 def _on_register(tag: str) -> None:
     with _lock:
         _refuse_timm_tag(tag)
+        _remove_entries([entry for entry in _state().entries if entry.endswith(f".{tag}")])  # another GHN's until now
         _update_registry([tag])
+
+
+def _remove_entries(entries: Iterable[str]) -> None:
+    for entry in list(entries):
+        _registry._model_pretrained_cfgs.pop(entry, None)
+        _registry._model_has_pretrained.discard(entry)
+        _state().entries.pop(entry)
 
 
 def _refuse_timm_tag(tag: str) -> None:
@@ -201,18 +207,38 @@ def _update_registry(tags: Iterable[str]) -> None:
     with _lock:
         entries = _state().entries
         cfgs = _registry._model_pretrained_cfgs
+        images = {tag: _prepared(_images(tag)) for tag in tags}
         for arch in _registry._model_entrypoints.keys() - _registry._deprecated_models.keys():
             default = cfgs.get(arch)
-            for tag in tags:
+            for tag in images:
                 entry = f"{arch}.{tag}"
                 if entry in cfgs and (entry not in entries or entries[entry] is default):
                     continue
                 blank = dict.fromkeys(_WEIGHTS_FIELDS)
-                cfgs[entry] = dataclasses.replace(
-                    default or timm.models.PretrainedCfg(), **blank, custom_load=False, architecture=arch, tag=tag
-                )
+                fields = {**blank, "custom_load": False, "architecture": arch, "tag": tag, **images[tag]}
+                cfgs[entry] = dataclasses.replace(default or timm.models.PretrainedCfg(), **fields)
                 _registry._model_has_pretrained.add(entry)
                 entries[entry] = default
+
+
+def _images(tag: str) -> Images | None:
+    """How the images of a GHN's training were prepared, if that is known before it is loaded."""
+    try:
+        config = hub.stated_config(tag)
+    except (CheckpointError, OSError):  # whoever loads it is told
+        return None
+    return None if config is None else config.images
+
+
+def _prepared(images: Images | None) -> dict[str, Any]:
+    """The fields of a timm cfg that say how to prepare images.
+
+    The size is not among them: there it says what the architecture takes, and decides which size a model gets.
+    """
+    if images is None:
+        return {}
+    fields = {"mean": images.mean, "std": images.std, "crop_pct": images.crop_pct, "test_crop_pct": None}
+    return fields if images.interpolation is None else {**fields, "interpolation": images.interpolation}
 
 
 def _ghn_tag(arch: str, pretrained_cfg: Any) -> str | None:
@@ -282,8 +308,9 @@ def _model_entrypoint(
             asked = pretrained
         build = functools.partial(_build, entrypoint, model_name, tag, pretrained_cfg, kwargs)
         if not asked:
-            return build()
+            return build(_images(tag))
         ghn = hub.load_ghn(tag)  # first, so that a missing one costs no time
+        build = functools.partial(build, ghn.config.images, ghn_kwargs.get("head") != "keep")
         model, report = create_predicted(build, ghn, **ghn_kwargs)
         logger.info("%s by %s:\n%s", model_name, tag, report)
         return model
@@ -292,7 +319,13 @@ def _model_entrypoint(
 
 
 def _build(
-    entrypoint: Callable[..., nn.Module], arch: str, tag: str, pretrained_cfg: Any, kwargs: dict[str, Any]
+    entrypoint: Callable[..., nn.Module],
+    arch: str,
+    tag: str,
+    pretrained_cfg: Any,
+    kwargs: dict[str, Any],
+    images: Images | None,
+    has_head: bool = False,
 ) -> nn.Module:
     """timm's model without weights, labelled as the GHN's.
 
@@ -303,17 +336,29 @@ def _build(
         fields = vars(pretrained_cfg) if dataclasses.is_dataclass(pretrained_cfg) else pretrained_cfg
         pretrained_cfg = {**fields, "tag": default and default.tag}
     model = entrypoint(pretrained=False, pretrained_cfg=pretrained_cfg, **kwargs)
-    label(model, tag)
+    label(model, tag, images, has_head)
     return model
 
 
-def label(model: nn.Module, tag: str) -> None:
-    """Makes a model's cfg say that its weights are a GHN's, and nothing of those it was written for."""
+def label(model: nn.Module, tag: str, images: Images | None, has_head: bool) -> None:
+    """Makes a model's cfg say that its weights are a GHN's, and nothing of those it was written for.
+
+    Args:
+        model: A timm model.
+        tag: The GHN's.
+        images: What it was trained with; None leaves what the cfg says of images.
+        has_head: Whether the classification layer is predicted, if it has the GHN's classes, whose names then hold.
+    """
     cfg = getattr(model, "pretrained_cfg", None)
     if isinstance(cfg, dict):  # default_cfg is the same object
         for field in _WEIGHTS_FIELDS:
             cfg.pop(field, None)
-        cfg.update(tag=tag, custom_load=False)
+        cfg.update(tag=tag, custom_load=False, **_prepared(images))
+        if cfg.get("test_crop_pct", "") is None:
+            del cfg["test_crop_pct"]
+        names = images.label_names if images and has_head else None
+        if names and len(names) == getattr(model, "num_classes", None):
+            cfg.update(num_classes=len(names), label_names=names)
 
 
 def save_config(model: nn.Module, file: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import logging
 import math
 import signal
@@ -108,10 +109,11 @@ class Trainer:
         self.train, self.val = train.to(self.device), val.to(self.device)
 
         if init is not None and init.config != config.ghn:
-            differing = [k for k, v in init.config.to_dict().items() if config.ghn.to_dict()[k] != v]
+            differing = [k for k, v in init.config.to_dict().items() if config.ghn.to_dict().get(k) != v]
             raise TrainingError(f"The weights to start from are another GHN's: it differs in {', '.join(differing)}.")
         self.ghn = (new_ghn(config.ghn, config.seed) if init is None else copy.deepcopy(init)).to(self.device).train()
         self.ema = copy.deepcopy(self.ghn).requires_grad_(False).eval()
+        self.ema.config = dataclasses.replace(config.ghn, images=self.train.described())
         optimizer = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
         self.optimizer = optimizer(
             self.ghn.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
