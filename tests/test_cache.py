@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ import huggingface_hub.constants
 import pytest
 import timm
 import torch
+from timm.models import resnet
+from timm.models.resnet import BasicBlock
 
 from timm_ghn import creation, hub, trace
 from timm_ghn.errors import TraceError
@@ -20,7 +24,7 @@ from timm_ghn.graph import cache
 
 MODEL = "test_resnet"
 TAG = "ghn-cached"
-KEY = {"model": MODEL}
+SCALE = 2.0
 
 
 @pytest.fixture(autouse=True)
@@ -81,10 +85,147 @@ def test_what_does_not_is_not(traced: list[str]) -> None:
     assert len(traced) == 1
 
 
-def test_arguments_that_are_not_plain_values_are_not_cached(traced: list[str], folder: Path) -> None:
-    for _ in range(2):
-        create(act_layer=torch.nn.SiLU)
-    assert len(traced) == 2 and not folder.exists()
+def test_arguments_that_are_not_plain_values(traced: list[str]) -> None:
+    """What they make of the model counts, not they."""
+    for layer in (torch.nn.SiLU, torch.nn.SiLU, torch.nn.ELU, functools.partial(torch.nn.ELU, alpha=0.5)):
+        create(act_layer=layer)
+    assert len(traced) == 3
+
+
+def _without_shortcut(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return self.act2(self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x))))))
+
+
+def _replaced_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other code in the very function object, as an editor's hot reload puts there."""
+    monkeypatch.setattr(BasicBlock.forward, "__code__", _without_shortcut.__code__)
+
+
+def _by_closure(scale: float) -> Any:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return original(self, x) + scale * x if scale else original(self, x)
+
+    original = torch.nn.ReLU.forward
+    return forward
+
+
+def _wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a decorator that takes on the name and module of what it decorates."""
+    original = resnet.BasicBlock.forward
+
+    @functools.wraps(original)
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return _without_shortcut(self, x)
+
+    monkeypatch.setattr(BasicBlock, "forward", torch.no_grad()(torch.enable_grad()(forward)))
+
+
+CHANGES: dict[str, Any] = {
+    "a method": lambda patch: patch.setattr(BasicBlock, "forward", _without_shortcut),
+    "a method's code": _replaced_inside,
+    "a decorated method": _wrapped,
+    "a method of torch's": lambda patch: patch.setattr(torch.nn.ReLU, "forward", _by_closure(1.0)),
+    "how modules are called": lambda patch: patch.setattr(
+        torch.nn.Module, "__call__", lambda self, *args, **kwargs: self._call_impl(*args, **kwargs)
+    ),
+    "a function that torch's modules use": lambda patch: patch.setattr(
+        torch.nn.functional, "relu", lambda x, inplace=False: x * (x > 0)
+    ),
+    "a function that forward looks up": lambda patch: patch.setattr(resnet, "checkpoint_seq", lambda *args: None),
+    "a method of tensors": lambda patch: patch.setattr(torch.Tensor, "mean", lambda self, *args, **kwargs: torch.mean(
+        self, *args, **kwargs)),
+    "a method that is new": lambda patch: patch.setattr(BasicBlock, "__getattr__", torch.nn.Module.__getattr__, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_code_is_part_of_the_key(change: str, traced: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    before = create()
+    CHANGES[change](monkeypatch)
+    changed = create()
+    assert len(traced) == 2
+    monkeypatch.setenv("TIMM_GHN_CACHE", "0")
+    assert equal(changed, create())  # what is predicted without a cache
+    monkeypatch.undo()
+    assert equal(create(), before)
+
+
+def test_what_a_forward_pass_holds_is_part_of_the_key() -> None:
+    """Closures, defaults, constants, attributes, hooks, a module's own forward."""
+
+    class Net(torch.nn.Module):
+        mode = "plain"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 8, 3)
+
+        def forward(self, x: torch.Tensor, skip: bool = False) -> torch.Tensor:
+            return self.conv(x) * SCALE
+
+    def located(change: Any = None) -> Path | None:
+        net = Net()
+        if change:
+            change(net)
+        return cache.locate(net, None)
+
+    files = {located(), located()}
+    assert len(files) == 1 and None not in files
+    changes: list[Any] = [
+        lambda net: setattr(net, "forward", lambda x: x),
+        lambda net: setattr(net, "forward", functools.partial(net.forward, skip=True)),
+        lambda net: setattr(net, "depth", 3),
+        lambda net: setattr(net, "names", ["a", {"b": (1.5, None)}]),
+        lambda net: net.register_forward_pre_hook(lambda module, args: None),
+        lambda net: net.conv.register_forward_hook(lambda module, args, output: output),
+        lambda net: net.register_buffer("mask", torch.zeros(3)),
+        lambda net: net.register_buffer("mask", torch.zeros(4)),
+        lambda net: torch.nn.utils.parametrizations.weight_norm(net.conv),
+        lambda net: net.add_module("other", net.conv),
+        lambda net: net.conv.__setattr__("stride", (2, 2)),
+    ]
+    for change in changes:
+        files.add(located(change))
+    assert len(files) == 1 + len(changes)
+    Net.mode = "other"
+    files.add(located())
+    Net.forward.__defaults__ = (True,)  # type: ignore[attr-defined]
+    files.add(located())
+    globals()["SCALE"] = 3.0
+    files.add(located())
+    globals()["SCALE"] = 2.0
+    assert len(files) == 4 + len(changes) and None not in files
+
+
+def test_closures_are_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = set()
+    for scale in (0.0, 1.0, 2.0, 2.0):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.ReLU, "forward", _by_closure(scale))
+            files.add(cache.locate(timm.create_model(MODEL), None))
+    assert len(files) == 3 and None not in files
+
+
+def test_settings_of_timms_layers_are_part_of_the_key(traced: list[str]) -> None:
+    fused = timm.layers.use_fused_attn()
+    try:
+        for enable in (True, False, True, False):
+            timm.layers.set_fused_attn(enable)
+            create("test_vit")
+    finally:
+        timm.layers.set_fused_attn(fused)
+    assert len(traced) == 2
+
+
+def test_a_model_that_cannot_be_told_from_others_is_not_cached(folder: Path) -> None:
+    model = timm.create_model(MODEL)
+    model.lock = threading.Lock()
+    assert cache.locate(model, None) is None
+
+
+def test_a_class_of_the_same_name_has_a_key_of_its_own() -> None:
+    one, other = (type("Block", (torch.nn.Conv2d,), {"forward": f}) for f in (torch.nn.Conv2d.forward, lambda s, x: x))
+    assert cache.locate(one(3, 8, 3), None) != cache.locate(other(3, 8, 3), None)
 
 
 def test_it_can_be_turned_off(traced: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,16 +265,18 @@ def test_damaged_entries_are_passed_over(damage: str, traced: list[str], folder:
 
 
 def test_a_graph_is_not_used_for_other_parameters() -> None:
-    model, other = (timm.create_model(MODEL, num_classes=classes) for classes in (10, 20))
-    parameters = dict(model.named_parameters())
+    model = timm.create_model(MODEL, num_classes=10)
     graph = trace(model)
-    cache.store(KEY, parameters, graph)
-    loaded = cache.load(KEY, parameters)
+    file = cache.locate(model, None)
+    assert file is not None
+    cache.store(file, graph)
+    loaded = cache.load(file)
     assert loaded is not None and loaded.to_dict() == graph.to_dict() and torch.equal(loaded.edges, graph.edges)
-    assert cache.load(KEY, dict(other.named_parameters())) is None
+    assert cache.locate(timm.create_model(MODEL, num_classes=10).to(torch.bfloat16), None) == file
+    assert cache.locate(timm.create_model(MODEL, num_classes=20), None) != file
+    assert cache.locate(model, 96) != file
     model.fc.bias.requires_grad_(False)
-    assert cache.load(KEY, parameters) is None
-    assert cache.load({"model": "another"}, parameters) is None
+    assert cache.locate(model, None) != file
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, traced: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,17 +287,15 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, traced: list[str], monk
 
 
 def test_room_is_made_by_removing_the_oldest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = timm.create_model(MODEL)
-    parameters = dict(model.named_parameters())
-    graph = trace(model)
-    cache.store({"n": 0}, parameters, graph)
+    graph = trace(timm.create_model(MODEL))
+    cache.store(folder / "0.json", graph)
     (file,) = folder.iterdir()
     monkeypatch.setattr(cache, "MAX_BYTES", 3 * file.stat().st_size + 10)
     for index in range(1, 6):
         for age, entry in enumerate(sorted(folder.iterdir(), key=lambda entry: entry.stat().st_mtime_ns)):
             os.utime(entry, (age, age))
-        cache.store({"n": index}, parameters, graph)
-    found = [index for index in range(6) if cache.load({"n": index}, parameters)]
+        cache.store(folder / f"{index}.json", graph)
+    found = [index for index in range(6) if cache.load(folder / f"{index}.json")]
     assert found == [3, 4, 5]
 
 

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import FakeData
 
+from timm_ghn.hypernet import Images
 from timm_ghn.training.data import DatasetError, ImageDataset, load_dataset
 
 
@@ -63,6 +64,9 @@ def test_named_classes_and_an_override(tmp_path: Path) -> None:
     source = write(tmp_path / "data.parquet", [encode(1)] * 3, [0, 1, 1], names=7)
     assert load_dataset(source, "all").num_classes == 7
     assert load_dataset(source, "all", num_classes=2).num_classes == 2
+    names = load_dataset(source, "all").described().label_names
+    assert names is not None and len(names) == 7
+    assert load_dataset(source, "all", num_classes=2).described().label_names is None
 
 
 def test_image_size_scales_and_crops(tmp_path: Path) -> None:
@@ -70,6 +74,7 @@ def test_image_size_scales_and_crops(tmp_path: Path) -> None:
     data = load_dataset(source, "all", image_size=16)
     assert data.images.shape == (2, 3, 16, 16) and data.image_size == 16
     assert data.images[:, 0].flatten(1).unique(dim=1).tolist() == [[40], [90]]
+    assert data.described() == Images(data.mean, data.std, (3, 16, 16), 1.0, "bicubic")
 
 
 def test_image_folder(tmp_path: Path) -> None:
@@ -82,6 +87,7 @@ def test_image_folder(tmp_path: Path) -> None:
     assert load_dataset(str(tmp_path), "val", holdout=2).labels.tolist() == [0, 1]
     test = load_dataset(str(tmp_path), "test")
     assert test.labels.tolist() == [0, 0, 1, 1] and test.num_classes == 2
+    assert test.described().label_names == ("cat", "dog")
     with pytest.raises(DatasetError, match="no folder test or val inside"):
         load_dataset(str(tmp_path / "train"), "test")
     (tmp_path / "train" / "cat" / "1.png").write_bytes(b"not an image")

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -115,6 +116,109 @@ def test_loading_leaves_the_random_state_alone(ghn_file: Path, tmp_path: Path) -
     before = torch.get_rng_state()
     load_ghn(copy)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+HELD = """
+import sys, torch, timm_ghn
+file = sys.argv[1]
+ghn = timm_ghn.load_ghn(file)
+before = {name: tensor.clone() for name, tensor in ghn.state_dict().items()}
+with open(file, "r+b") as stream:
+    stream.seek(4096)
+    stream.write(bytes(4096))
+assert all(torch.equal(tensor, before[name]) for name, tensor in ghn.state_dict().items()), "overwritten"
+open(file, "wb").close()
+assert all(torch.equal(tensor, before[name]) for name, tensor in ghn.state_dict().items()), "cut"
+timm_ghn.predict(torch.nn.Conv2d(3, 8, 3), ghn)
+print("unchanged")
+"""
+
+
+def test_a_held_ghn_owns_its_weights(ghn_file: Path, tmp_path: Path) -> None:
+    """Whatever happens to the file; in a process of its own, since reading what was cut from a mapped file ends one."""
+    file = tmp_path / "held.safetensors"
+    file.write_bytes(ghn_file.read_bytes())
+    process = subprocess.run(
+        [sys.executable, "-c", HELD, str(file)], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert process.stdout == "unchanged\n", (process.returncode, process.stderr)
+
+
+@pytest.mark.parametrize(
+    ("source", "spelling"),
+    [
+        ("someone/ghn", "hf-hub:someone/ghn"),
+        ("someone/ghn@v1.0", "hf-hub:someone/ghn@v1.0"),
+        ("https://huggingface.co/someone/ghn", "hf-hub:someone/ghn"),
+        ("https://huggingface.co/someone/ghn/", "hf-hub:someone/ghn"),
+        ("https://huggingface.co/someone/ghn-3.1/tree/main", "hf-hub:someone/ghn-3.1@main"),
+        ("https://huggingface.co/someone/ghn/blob/abc/model.safetensors", "hf-hub:someone/ghn@abc"),
+        ("hf://someone/ghn", "hf-hub:someone/ghn"),
+        ("s3://bucket/some/where/else.safetensors", "hf-hub:org/repo"),
+    ],
+)
+def test_a_repository_in_other_spellings(source: str, spelling: str) -> None:
+    for take in (load_ghn, lambda source: register("mine", source)):
+        with pytest.raises(CheckpointError, match=f"a repository on the Hub, write '{re.escape(spelling)}'"):
+            take(source)
+
+
+def test_a_path_of_two_parts_is_a_path(ghn_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(CheckpointError, match=r"There is no GHN checkpoint at .*runs/mine\.safetensors: give"):
+        load_ghn("runs/mine.safetensors")
+    (tmp_path / "runs" / "mine.safetensors").write_bytes(ghn_file.read_bytes())
+    assert_is(load_ghn("runs/mine.safetensors"), ghn_file)
+
+
+IMAGES = {
+    "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1], "input_size": [3, 24, 24], "crop_pct": 0.9,
+    "interpolation": "bilinear", "label_names": list("abcdefghij"),
+}  # fmt: skip
+
+
+def test_images_are_stated_anywhere_or_nowhere(
+    ghn_file: Path, tmp_path: Path, save_ghn: Callable[..., Path]
+) -> None:
+    """A published config without them still loads, and one place that knows them suffices."""
+    assert load_ghn(ghn_file).config.images is None and "images" not in load_ghn(ghn_file).config.to_dict()
+    (tmp_path / hub.WEIGHTS_NAME).write_bytes(ghn_file.read_bytes())
+    (tmp_path / hub.CONFIG_NAME).write_text(json.dumps({**config_of(ghn_file), "images": IMAGES}))
+    ghn = load_ghn(tmp_path)
+    assert ghn.config == load_ghn(ghn_file).config
+    assert ghn.config.to_dict()["images"] == IMAGES
+    ghn.save_pretrained(tmp_path / "saved")
+    assert load_ghn(tmp_path / "saved").config.images == ghn.config.images
+    assert load_ghn(tmp_path / "saved" / hub.WEIGHTS_NAME).config.images == ghn.config.images
+    (tmp_path / "saved" / hub.CONFIG_NAME).write_text(
+        json.dumps({**config_of(ghn_file), "images": {**IMAGES, "crop_pct": 1.0}})
+    )
+    with pytest.raises(CheckpointError, match="disagree about images"):
+        load_ghn(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        {"mean": [0.5]}, {"std": [0, 1, 1]}, {"input_size": [3, 32]}, {"input_size": [3, 0, 32]}, {"unknown": 1},
+        {"label_names": ["a"]}, {"mean": "red"}, {"std": None},
+    ],
+)  # fmt: skip
+def test_images_that_cannot_be(images: dict[str, Any], ghn_file: Path, tmp_path: Path) -> None:
+    (tmp_path / hub.WEIGHTS_NAME).write_bytes(ghn_file.read_bytes())
+    (tmp_path / hub.CONFIG_NAME).write_text(json.dumps({**config_of(ghn_file), "images": {**IMAGES, **images}}))
+    with pytest.raises(CheckpointError, match="is not a GHN's"):
+        load_ghn(tmp_path)
+
+
+def test_the_shipped_ghns_say_what_they_were_trained_with() -> None:
+    for tag in hub.hub_configs():
+        config = hub.stated_config(tag)
+        assert config is not None and config.images is not None
+        assert config.images.mean == (0.485, 0.456, 0.406) and config.images.std == (0.229, 0.224, 0.225)
+    assert load_ghn("ghn2").config.images == hub.stated_config("ghn2").images  # type: ignore[union-attr]
 
 
 def test_a_changed_file_is_loaded_again(save_ghn: Callable[..., Path], tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,29 @@ def test_it_runs_as_by_python(source: str, file: str, arguments: list[str], stat
     assert (found.returncode, found.stdout) == (expected.returncode, expected.stdout)
     assert found.stderr.endswith(expected.stderr)  # the whole traceback, and no frame more
     assert found.returncode == status
+
+
+CLONED = """
+import timm, sys
+print(timm.__file__, timm.__version__, timm.create_model("test_resnet.ghn2", pretrained=True).pretrained_cfg["tag"])
+import timm_ghn
+print(timm_ghn.initialize(timm.create_model("test_resnet"), head="keep").predicted_fraction > 0.5)
+"""
+
+
+def test_a_script_beside_a_timm_of_its_own_uses_that(tmp_path: Path) -> None:
+    """As in a clone of timm's repository, under ``python train.py``."""
+    package = tmp_path / "clone" / "timm"
+    shutil.copytree(Path(timm.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "version.py").write_text("__version__ = '9.9'\n")
+    (tmp_path / "clone" / "train.py").write_text(CLONED)
+    for launcher in (RUN, ("-c", "import timm_ghn.cli, sys; sys.exit(timm_ghn.cli.main())", "run")):
+        done = python(*launcher, "clone/train.py", cwd=tmp_path)
+        assert done.stdout == f"{package / '__init__.py'} 9.9 ghn2\nTrue\n", done.stderr
+    registry = package / "models" / "_builder.py"
+    registry.write_text(registry.read_text() + "\nfrom . import _registry\ndel _registry._expand_filter\n")
+    done = python(*RUN, "clone/train.py", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith("timm-ghn: timm 9.9 lacks timm.models._registry._expand_fi")
 
 
 @pytest.mark.parametrize(

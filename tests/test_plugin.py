@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import os
 import subprocess
 import sys
@@ -23,6 +24,8 @@ from torch import nn
 from timm_ghn import hub, plugin
 from timm_ghn.assign import predict
 from timm_ghn.errors import CheckpointError, GHNError
+from timm_ghn.export import export
+from timm_ghn.hypernet import Images
 
 MODEL = "test_resnet"
 TAG = "ghn-test"
@@ -93,6 +96,53 @@ def test_pretrained_cfg_of_the_model() -> None:
     assert registered == predicted
 
 
+PREPARED = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.1), "crop_pct": 0.9, "interpolation": "bilinear"}
+NAMES = tuple("abcdefghij")
+
+
+@pytest.fixture
+def informed(save_ghn: Callable[..., Path], tmp_path: Path) -> str:
+    """The tag of a GHN that says what images it was trained with."""
+    images = {**PREPARED, "input_size": [3, 24, 24], "label_names": NAMES}
+    hub.register("ghn-informed", save_ghn(tmp_path / "informed.safetensors", images=Images(**images)))
+    return "ghn-informed"
+
+
+@pytest.mark.parametrize("name", [MODEL, "test_vit", "test_resnet.r160_in1k"])
+def test_images_are_prepared_as_in_the_training_of_the_ghn(name: str, informed: str) -> None:
+    plain = create_model(name).pretrained_cfg
+    model = create_model(name, pretrained_cfg=informed, num_classes=10)
+    arch = name.partition(".")[0]
+    random = create_model(f"{arch}.{informed}", num_classes=10)
+    whole = create_model(arch, pretrained=True, pretrained_cfg=timm.get_pretrained_cfg(f"{arch}.{informed}").to_dict())
+    direct = timm.model_entrypoint(arch)(pretrained=True, pretrained_cfg=informed)
+    for made in (model, random, whole, direct):
+        found = timm.data.resolve_model_data_config(made)
+        assert {key: found[key] for key in PREPARED} == PREPARED
+        assert timm.data.resolve_model_data_config(made, use_test_size=True)["crop_pct"] == PREPARED["crop_pct"]
+        assert found["input_size"] == plain["input_size"]  # what the architecture takes
+    assert timm.get_pretrained_cfg(f"{arch}.{informed}").mean == PREPARED["mean"]
+    assert (model.pretrained_cfg["label_names"], model.pretrained_cfg["num_classes"]) == (NAMES, 10)
+    kept = create_model(name, pretrained_cfg=informed, num_classes=10, ghn_kwargs={"head": "keep"})
+    for made in (random, whole, kept):
+        assert "label_names" not in made.pretrained_cfg
+
+
+def test_classes_are_named_in_files(informed: str, tmp_path: Path) -> None:
+    export(MODEL, tmp_path / "out", hub.load_ghn(informed), informed, num_classes=10)
+    model = create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    assert tuple(model.pretrained_cfg["label_names"]) == NAMES
+    assert tuple(model.pretrained_cfg["mean"]) == PREPARED["mean"]
+
+
+def test_a_tag_that_is_registered_again(informed: str, ghn_file: Path) -> None:
+    hub.register(informed, ghn_file)
+    assert timm.get_pretrained_cfg(f"test_vit.{informed}").mean == timm.get_pretrained_cfg("test_vit").mean
+    with pytest.raises(CheckpointError, match="timm's own"):
+        hub.register("r160_in1k", ghn_file)
+    assert "r160_in1k" not in hub.list_ghns() and timm.is_model_pretrained("test_resnet.r160_in1k")
+
+
 def test_listing() -> None:
     everything = {f"{name}.{TAG}" for name in timm.list_models()}
     assert set(timm.list_models(f"*.{TAG}", pretrained=True)) == everything
@@ -118,6 +168,11 @@ def test_ghn_kwargs_are_checked() -> None:
         create_model(MODEL, pretrained_cfg=TAG, ghn_kwargs={"head": "nonsense"})
     with pytest.raises(TypeError, match=r"ghn_kwargs is .*, not a dictionary"):
         create_model(MODEL, pretrained_cfg=TAG, ghn_kwargs="{head: keep}")
+    with pytest.raises(TypeError, match=r"ghn_kwargs has the key 'haed'; those it may have are head, input_size, fine"):
+        create_model(MODEL, pretrained_cfg=TAG, ghn_kwargs={"haed": "keep"})
+    for internal in ("key", "build", "ghn"):
+        with pytest.raises(TypeError, match="those it may have are"):
+            create_model(MODEL, pretrained_cfg=TAG, ghn_kwargs={internal: None})
     with pytest.raises(TypeError, match="ghn_kwargs"):
         create_model(MODEL, ghn_kwargs={})  # timm's own answer
 
@@ -421,6 +476,66 @@ def test_in_a_fresh_process(ghn_file: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert process.stdout == "as before\n", process.stderr
+
+
+RELOADED = """
+import importlib, itertools, sys, timm
+from timm import create_model
+from timm.models import _builder, _factory, _registry
+modules = (timm, timm.models, _factory, _builder, _registry)
+copied = lambda value: value.copy() if isinstance(value, (dict, set, list)) else value
+look = lambda: [{n: copied(v) for n, v in vars(m).items() if n != "__builtins__"} for m in modules]
+before = look()
+
+def purge(*names):
+    for name in [n for n in sys.modules if n in names or (not names and n.partition(".")[0] == "timm_ghn")]:
+        del sys.modules[name]
+    return importlib.import_module("timm_ghn.plugin")
+
+def plugin():
+    return importlib.import_module("timm_ghn.plugin")
+
+steps = {
+    "reload the plugin": lambda: importlib.reload(plugin()),
+    "reload the package": lambda: importlib.reload(importlib.import_module("timm_ghn")),
+    "purge the plugin": lambda: purge("timm_ghn.plugin"),
+    "purge everything": lambda: purge(),
+    "install": lambda: plugin().install(),
+    "uninstall": lambda: plugin().uninstall(),
+    "register": lambda: importlib.import_module("timm_ghn").register("mine", sys.argv[1]),
+}
+for name in itertools.chain(*itertools.product(steps, repeat=2)):
+    steps[name]()
+    assert create_model("test_resnet", pretrained_cfg="r160_in1k").pretrained_cfg["tag"] == "r160_in1k"
+    if name == "uninstall":
+        assert look() == before
+plugin().install()
+steps["register"]()
+assert create_model("test_resnet", pretrained_cfg="mine").pretrained_cfg["tag"] == "mine"
+assert sum(name.endswith((".mine", ".ghn2")) for name in _registry._model_has_pretrained) == 2 * len(timm.list_models())
+plugin().uninstall()
+assert look() == before
+print("right")
+"""
+
+
+def test_reloaded_and_imported_again_in_any_order(ghn_file: Path) -> None:
+    """As notebooks do; timm is right after each step, and as it was after `uninstall`."""
+    process = subprocess.run(
+        [sys.executable, "-c", RELOADED, str(ghn_file)], capture_output=True, text=True, timeout=600,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.stdout == "right\n", process.stderr
+
+
+def test_a_module_of_timms_that_is_reloaded() -> None:
+    """It has its own functions back, so the hook has to come again, and later leave those."""
+    importlib.reload(_factory)
+    plugin.install()
+    assert is_predicted(_factory.create_model(MODEL, pretrained_cfg=TAG))
+    plugin.uninstall()
+    assert _factory.model_entrypoint is _registry.model_entrypoint
+    assert _factory.split_model_name_tag is _registry.split_model_name_tag
 
 
 def test_a_patch_on_top_of_ours_survives(monkeypatch: pytest.MonkeyPatch) -> None:

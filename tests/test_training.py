@@ -161,6 +161,7 @@ def test_what_a_run_leaves(uninterrupted: Path) -> None:
     assert [path.name for path in (uninterrupted / "checkpoints").iterdir()] == ["step-000000006"]
     ghn = load_ghn(uninterrupted)
     assert ghn.config == CONFIG.ghn
+    assert ghn.config.images == TRAIN.described() and ghn.config.images.input_size == (3, SIZE, SIZE)
     averaged = load_checkpoint(uninterrupted / "checkpoints")[0]["ema"]
     assert all(torch.equal(value, averaged[name]) for name, value in ghn.state_dict().items())
     card = (uninterrupted / "README.md").read_text()
@@ -304,6 +305,15 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert load_checkpoint(tmp_path)[1] == {"step": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["step-000000001"], "nothing half-written is left"
+
+
+def test_what_is_resumed_does_not_change_with_its_file(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, 1, {"optimizer": {"x": torch.ones(4096)}}, {})
+    tensors, _ = load_checkpoint(tmp_path)
+    with (tmp_path / "step-000000001" / "optimizer.safetensors").open("r+b") as stream:
+        stream.seek(1024)
+        stream.write(bytes(1024))
+    assert torch.equal(tensors["optimizer"]["x"], torch.ones(4096))
 
 
 def test_an_interrupted_save_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from torch._subclasses import FakeTensor
 
 from . import derived
+from .ambient import plain_torch
 from .errors import PredictionError
 from .finetune import check_preparation, prepare
 from .graph import ComputationGraph, trace
@@ -135,6 +136,7 @@ def _with_dims(source: torch.Tensor, dims: int) -> torch.Tensor:
     return source.view((*source.shape, *(1,) * (dims - source.ndim)))
 
 
+@plain_torch()
 def predict(
     model: nn.Module,
     ghn: str | GHN = "ghn2",
@@ -348,19 +350,27 @@ def initialize(
     return prediction.report
 
 
+@plain_torch()
 def write(model: nn.Module, prediction: Prediction) -> None:
-    """Writes a prediction into the model it was made for."""
+    """Writes a prediction into the model it was made for, and corrects its report by what cannot be written."""
     started = time.perf_counter()
-    parameters = {name: p for name, p in model.named_parameters() if name in prediction.tiles}
+    report = prediction.report
+    parameters = dict(model.named_parameters())
+    for name in list(report.predicted):
+        if parameters[name].is_meta or isinstance(parameters[name], FakeTensor):
+            report.kept[name] = "nothing was written: it is on the meta device, which holds no values"
+            del report.predicted[name]
     with torch.no_grad():
         # First, since there may be no memory for them.
-        tiles = {name: prediction.tiles[name].to(parameter.device) for name, parameter in parameters.items()}
+        tiles = {name: prediction.tiles[name].to(parameters[name].device) for name in report.predicted}
         copies = derived.copies(model, tiles)
-        for name, parameter in parameters.items():
+        for name, tile_of_it in tiles.items():
             # What was made in inference mode can only be changed in it.
-            with torch.inference_mode(parameter.is_inference()), torch.no_grad():
-                tile_into(parameter, tiles[name])
+            with torch.inference_mode(parameters[name].is_inference()), torch.no_grad():
+                tile_into(parameters[name], tile_of_it)
         for name in copies.keys() & dict(model.named_buffers()).keys():
             model.get_buffer(name).copy_(parameters[copies[name]])
         derived.refresh(model, tiles)
-    prediction.report.seconds["assign"] = time.perf_counter() - started
+    sizes = [parameter.numel() for parameter in parameters.values()]
+    report.predicted_fraction = sum(report.predicted.values()) / max(1, sum(sizes))
+    report.seconds["assign"] = time.perf_counter() - started

@@ -10,13 +10,14 @@ stands elsewhere afterwards than after a plain creation.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from .ambient import plain_torch
 from .assign import Prediction, Report, check_head, is_zero, predict_from_graph, write
 from .finetune import check_preparation, prepare
 from .graph import ComputationGraph, cache, trace
@@ -130,7 +131,6 @@ def create_predicted(
     head: str = "auto",
     input_size: int | tuple[int, ...] | None = None,
     finetune: str | None = None,
-    key: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, Report]:
     """Builds a model and predicts its parameters, in less time than filling them at random would take.
 
@@ -140,13 +140,12 @@ def create_predicted(
         head: As for `timm_ghn.predict`.
         input_size: As for `timm_ghn.predict`.
         finetune: As for `timm_ghn.predict`.
-        key: All that decides what `build` makes; its graph then comes from the cache if it was traced before.
 
     Returns:
         The model and the report of its prediction. If anything goes wrong there is no model, only the error.
     """
     check_preparation(finetune)
-    model, prediction = build_unwritten(build, ghn, head, input_size, key)
+    model, prediction = build_unwritten(build, ghn, head, input_size)
     if finetune is not None:
         prediction = prepare(model, prediction, finetune)
     write(model, prediction)
@@ -158,7 +157,6 @@ def build_unwritten(
     ghn: GHN,
     head: str = "auto",
     input_size: int | tuple[int, ...] | None = None,
-    key: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, Prediction]:
     """`create_predicted` without its last step: predicted parameters are memory that nobody has written or touched."""
     check_head(head)
@@ -169,9 +167,10 @@ def build_unwritten(
             model = build()
         built = time.perf_counter()
         parameters = dict(model.named_parameters())
-        graph = _graph(model, parameters, input_size, key)
-        traced = time.perf_counter()
-        prediction = predict_from_graph(model, graph, ghn, head, fills.is_zero)
+        with plain_torch():  # the model is what its maker wants; the prediction is not theirs to change
+            graph = _graph(model, input_size)
+            traced = time.perf_counter()
+            prediction = predict_from_graph(model, graph, ghn, head, fills.is_zero)
         fills.forget(parameters[name] for name in prediction)
     except Exception:
         fills.run()  # somebody else may hold a part of what was built
@@ -187,17 +186,13 @@ def build_unwritten(
     return model, prediction
 
 
-def _graph(
-    model: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
-    input_size: int | tuple[int, ...] | None,
-    key: Mapping[str, Any] | None,
-) -> ComputationGraph:
-    if key is None:
+def _graph(model: nn.Module, input_size: int | tuple[int, ...] | None) -> ComputationGraph:
+    """From the cache, if this model's was traced before."""
+    file = cache.locate(model, input_size)
+    if file is None:
         return trace(model, input_size)
-    key = {**key, "input_size": input_size}
-    graph = cache.load(key, parameters)
+    graph = cache.load(file)
     if graph is None:
         graph = trace(model, input_size)
-        cache.store(key, parameters, graph)
+        cache.store(file, graph)
     return graph

@@ -12,6 +12,7 @@ from pathlib import Path
 import timm
 import torch
 
+from .ambient import plain_torch
 from .assign import Report, tile_into
 from .creation import build_unwritten
 from .errors import GHNError
@@ -42,6 +43,7 @@ class _Entry:
         return whole
 
 
+@plain_torch()
 def export(
     name: str,
     directory: Path,
@@ -76,7 +78,7 @@ def export(
     if present := sorted(directory.glob("*.safetensors")):
         raise GHNError(f"{present[0]} exists: give a directory without weights.")
     model, prediction = build_unwritten(lambda: timm.create_model(name, num_classes=num_classes), ghn, head)
-    label(model, tag)
+    label(model, tag, ghn.config.images, head != "keep")
     started = time.perf_counter()
     tiles = {id(parameter): prediction.tiles.get(key) for key, parameter in model.named_parameters()}
     state = model.state_dict(keep_vars=True)

@@ -30,7 +30,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
+from .ambient import plain_torch
 from .convert import convert_file
 from .errors import CheckpointError
 from .hypernet import GHN, GHNConfig
@@ -40,6 +42,9 @@ logger = logging.getLogger("timm_ghn.hub")
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 _HUB_PREFIX = "hf-hub:"
+_HUB_ADDRESS = re.compile(
+    r"(?:https?://[^/]+/|hf://(?:models/)?)?([\w.-]*\w/[\w.-]+?)(?:@([\w.-]+))?(?:/(?:tree|blob|resolve)/([\w.-]+).*)?/?"
+)
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".joblib")
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -89,7 +94,7 @@ _lock = threading.Lock()
 _registered: dict[str, str] = {}
 _loading: dict[tuple[str, str, torch.dtype], threading.Lock] = {}
 _loaded: dict[tuple[str, str, torch.dtype], tuple[Any, GHN]] = {}
-# Called with a tag before it is registered; raising refuses it. The timm plugin lists its names here.
+# Called with a tag that is being registered; raising refuses it. The timm plugin lists its names here.
 on_register: list[Callable[[str], None]] = []
 
 
@@ -116,14 +121,23 @@ def register(tag: str, source: str | os.PathLike[str]) -> None:
     if source.startswith(_HUB_PREFIX):
         _split_hub_source(source)
     else:
+        _refuse_hub_address(source)
         source = str(Path(source).expanduser().absolute())
         _local_files(Path(source))
-    for check in on_register:
-        check(tag)
     with _lock:
+        before = dict(_registered)
         _registered[tag] = source
+    try:
+        for tell in on_register:
+            tell(tag)
+    except BaseException:
+        with _lock:
+            _registered.clear()
+            _registered.update(before)
+        raise
 
 
+@plain_torch()
 def load_ghn(
     source: str | os.PathLike[str] = "ghn2",
     device: str | torch.device | None = None,
@@ -132,8 +146,8 @@ def load_ghn(
     """Loads a GHN, verified, in eval mode.
 
     The module is shared: a second call with the same arguments returns the same object, unless the file has changed or
-    the tag means another one since. Copy it (`copy.deepcopy`) before you train it. In single precision on the CPU, its
-    weights are the file itself, mapped into memory.
+    the tag means another one since. Copy it (`copy.deepcopy`) before you train it. Its weights are read, not
+    mapped: nothing that happens to the file later reaches them.
 
     Args:
         source: A tag of `list_ghns`, a directory with ``model.safetensors`` and ``config.json``, a ``.safetensors``
@@ -177,6 +191,7 @@ def resolve(source: str) -> str:
             return _registered[source]
     if source in hub_configs() or source.startswith(_HUB_PREFIX):
         return source
+    _refuse_hub_address(source)
     path = Path(source).expanduser()
     if path.exists() or path.suffix or len(path.parts) > 1:
         return str(path.absolute())
@@ -187,6 +202,19 @@ def resolve(source: str) -> str:
         if nearest
         else f"Unknown GHN {source!r}, and no tag is known: register one with timm_ghn.register(tag, source)."
     )
+
+
+def _refuse_hub_address(source: str) -> None:
+    """Raises, with the right spelling, for a repository on the Hub that is written as its address or its bare name."""
+    match = _HUB_ADDRESS.fullmatch(source)
+    path = Path(source).expanduser()
+    if "://" in source or (match and not path.exists() and path.suffix not in (".safetensors", *_PICKLES)):
+        revision = match and (match[2] or match[3])
+        spelling = f"{_HUB_PREFIX}{match[1]}" if match else f"{_HUB_PREFIX}org/repo"
+        raise CheckpointError(
+            f"There is no GHN checkpoint at {source!r}: for a repository on the Hub, write "
+            f"{spelling + (f'@{revision}' if revision else '')!r}."
+        )
 
 
 @functools.cache
@@ -406,15 +434,39 @@ def _load(checkpoint: _Checkpoint) -> GHN:
         if problems:
             more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
             raise CheckpointError(f"{file} disagrees with its config: {problems[0]}{more}.")
-        state = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 - not a dict
+    state = _read_tensors(file)
     for name, tensor in state.items():
         if not torch.stack(tensor.aminmax()).isfinite().all():  # NaN spreads; no temporary of the tensor's size
             raise CheckpointError(f"{file} holds NaN or infinite values in {name}: this GHN cannot predict anything.")
     # On meta nothing is initialised only to be overwritten, and the caller's random state is left alone.
     with torch.device("meta"):
         ghn = GHN(config)
-    ghn.load_state_dict(state, assign=True)
+    # Not by load_state_dict, which registers parameters: where those are made without memory for their values
+    # (accelerate's init_empty_weights), it is that function which is replaced.
+    for name, tensor in state.items():
+        prefix, _, attribute = name.rpartition(".")
+        ghn.get_submodule(prefix)._parameters[attribute] = nn.Parameter(tensor)
     return ghn.eval()
+
+
+def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checked file, all of them float32, read into memory of their own, one after the other.
+
+    A mapped file would be shared with whoever writes to it next: other values in tensors that are held, or, if it is
+    cut, the end of the process.
+    """
+    tensors = {}
+    with file.open("rb") as stream:
+        start = 8 + (length := int.from_bytes(stream.read(8), "little"))
+        for name, entry in json.loads(stream.read(length)).items():
+            if name == "__metadata__":
+                continue
+            tensor = torch.empty(entry["shape"])
+            stream.seek(start + entry["data_offsets"][0])
+            if stream.readinto(tensor.view(-1).view(torch.uint8).numpy().data) != tensor.nbytes:
+                raise CheckpointError(f"{file} was cut short while it was read: get it again.")
+            tensors[name] = tensor
+    return tensors
 
 
 def _agreed_config(checkpoint: _Checkpoint) -> GHNConfig:
@@ -435,9 +487,24 @@ def _agreed_config(checkpoint: _Checkpoint) -> GHNConfig:
     where, config = next(iter(configs.items()))
     for other, second in configs.items():
         if second != config:
-            differing = ", ".join(k for k, v in config.to_dict().items() if v != second.to_dict()[k])
+            differing = ", ".join(k for k, v in config.to_dict().items() if v != second.to_dict().get(k, v))
             raise CheckpointError(f"{where} and {other} disagree about {differing}: one of them is wrong.")
+        if config.images is None:  # not every place that states a config says how the images were prepared
+            where, config = other, second
+        elif second.images not in (None, config.images):
+            raise CheckpointError(f"{where} and {other} disagree about images: one of them is wrong.")
     return config
+
+
+def stated_config(tag: str) -> GHNConfig | None:
+    """A tag's config as far as it is stated on this machine, without loading the GHN."""
+    source = resolve(tag)
+    if source in hub_configs():
+        return GHNConfig.from_dict(hub_configs()[source].config)
+    if source.startswith(_HUB_PREFIX):
+        return None
+    weights, config = _local_files(Path(source))
+    return _agreed_config(_Checkpoint(weights, _read_json(config) if config else {}))
 
 
 def _disagreements(tensors: Any, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import runpy
 import sys
 from collections.abc import Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from .errors import GHNError
@@ -33,6 +35,7 @@ def launch(target: str, arguments: Sequence[str], module: bool = False) -> None:
     sys.argv = [target, *arguments]
     if not getattr(sys.flags, "safe_path", False):  # python -P; before 3.11 there is none
         sys.path[0] = os.getcwd() if module else str(Path(target).resolve().parent)
+        _import_as_the_script_will()
     try:
         if module:
             runpy.run_module(target, run_name="__main__", alter_sys=True)
@@ -47,3 +50,20 @@ def launch(target: str, arguments: Sequence[str], module: bool = False) -> None:
             raise GHNError(f"Cannot run {target!r}: {error}.") from error
         sys.excepthook(type(error), error.with_traceback(trace), trace)
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+
+
+def _import_as_the_script_will() -> None:
+    """Exchanges timm for the one that `sys.path` leads to by now, such as the clone's beside its train.py.
+
+    The hook needs timm, so another one was imported before the script's folder was known. Nothing has used it yet.
+    """
+    spec = PathFinder.find_spec("timm")
+    if spec is None or spec.origin is None or Path(spec.origin).samefile(str(sys.modules["timm"].__file__)):
+        return
+    importlib.invalidate_caches()
+    package = sys.modules["timm_ghn"]
+    for name in list(sys.modules):
+        # What reports errors stays, so that whoever called us knows them.
+        if name.partition(".")[0] in ("timm", "timm_ghn") and name not in ("timm_ghn", "timm_ghn.errors"):
+            del sys.modules[name]
+    importlib.reload(package)  # from where it is, which need not be on the path any more

@@ -11,6 +11,7 @@ import dataclasses
 import fnmatch
 import functools
 import importlib
+import inspect
 import logging
 import threading
 from collections.abc import Callable, Iterable
@@ -25,6 +26,7 @@ from . import hub
 from .assign import initialize
 from .creation import create_predicted
 from .errors import CheckpointError, GHNError
+from .hypernet import Images
 
 logger = logging.getLogger("timm_ghn.plugin")
 
@@ -36,19 +38,42 @@ _registry = importlib.import_module("timm.models._registry")
 # What a pretrained cfg says about the weights it was made for, which predicted weights are not.
 _WEIGHTS_FIELDS = (
     "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "label_offset", "license", "description",
-    "origin_url", "paper_name", "paper_ids", "notes",
+    "origin_url", "paper_name", "paper_ids", "notes", "label_names", "label_descriptions",
 )  # fmt: skip
 _SOURCE_FIELDS = ("url", "file", "state_dict", "hf_hub_id", "source")
 _UNKNOWN = object()
+_GHN_KWARGS = [name for name in inspect.signature(initialize).parameters if name not in ("model", "ghn")]
 
+_STATE = "_timm_ghn"
 _lock = threading.RLock()
-_installed = False
-_originals: dict[tuple[ModuleType, str], Any] = {}
-# Names that somebody else had patched on top of ours when we uninstalled; they still lead here.
-_buried: set[tuple[ModuleType, str]] = set()
-# Name in timm's registry -> the architecture's default cfg that the entry was derived from.
-_entries: dict[str, Any] = {}
 _call = threading.local()
+
+
+@dataclasses.dataclass(eq=False)
+class _State:
+    """What the hook has changed in timm.
+
+    It is kept in timm's registry for as long as there is a change, and found there by whatever copy of this module
+    comes next: notebooks reload it, or drop it from `sys.modules` and import it again.
+
+    Attributes:
+        hooks: By the name that each serves; empty while uninstalled, when calls are only passed on.
+        placed: Replaced name of a module -> what was there, what is there now. While uninstalled, only what somebody
+            else has patched since: their patch leads to ours.
+        entries: Name in timm's registry -> the architecture's default cfg that the entry was derived from.
+        withdraw: Undoes what `install` did outside of timm.
+    """
+
+    hooks: dict[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
+    placed: dict[tuple[ModuleType, str], tuple[Any, Any]] = dataclasses.field(default_factory=dict)
+    entries: dict[str, Any] = dataclasses.field(default_factory=dict)
+    withdraw: Callable[[], None] = lambda: None
+
+
+def _state() -> _State:
+    """The one in timm, or an empty one."""
+    state: _State = getattr(_registry, _STATE, None) or _State()
+    return state
 
 
 class _NameTag(str):
@@ -65,99 +90,155 @@ def install() -> None:
     Raises:
         GHNError: If this timm lacks one of the names the hook stands on, or has a tag with a GHN's name.
     """
-    global _installed
     with _lock:
-        if _installed:
+        places = _places()
+        state = _state()
+        if state.hooks == _HOOKS and all(getattr(*place) is now for place, (_, now) in state.placed.items()):
             return
-        hooks = _hooks()
         for tag in hub.list_ghns():
             _refuse_timm_tag(tag)
-        for (module, name), hook in hooks.items():
-            if (module, name) not in _buried:
-                _originals[module, name] = getattr(module, name)
-                setattr(module, name, hook)
-        _buried.clear()
+        _retire(state)  # another copy of this module may have been here
+        setattr(_registry, _STATE, state)
+        for module, name in places:
+            current = getattr(module, name)
+            # Whoever patched the name on top of ours keeps their patch, which leads to ours. A module of timm's that
+            # was reloaded has its own function back.
+            if (module, name) not in state.placed or _is_timms(current):
+                replacement = _replacement(state, name, current)
+                state.placed[module, name] = current, replacement
+                setattr(module, name, replacement)
+        state.hooks.update(_HOOKS)
         hub.on_register.append(_on_register)
-        _installed = True
+        state.withdraw = functools.partial(_forget, hub.on_register, _on_register)
         _update_registry(hub.list_ghns())
 
 
 def uninstall() -> None:
     """Leaves timm exactly as it was before `install`; does nothing if it is not installed."""
-    global _installed
     with _lock:
-        if not _installed:
-            return
-        _installed = False
-        hub.on_register.remove(_on_register)
-        for (module, name), hook in _hooks().items():
-            # Whoever patched the name after us keeps their patch; it calls ours, which now only passes on.
-            if getattr(module, name) is hook:
-                setattr(module, name, _originals[module, name])
-            else:
-                _buried.add((module, name))
-        for entry in _entries:
-            _registry._model_pretrained_cfgs.pop(entry, None)
-            _registry._model_has_pretrained.discard(entry)
-        _entries.clear()
+        state = _state()
+        _retire(state)
+        for (module, name), (original, replacement) in list(state.placed.items()):
+            if getattr(module, name) is replacement:
+                setattr(module, name, original)
+            if getattr(module, name) is original:
+                del state.placed[module, name]
+        if not state.placed and hasattr(_registry, _STATE):
+            delattr(_registry, _STATE)
 
 
-def _hooks() -> dict[tuple[ModuleType, str], Any]:
-    """The replaced names, each with its replacement.
+def _retire(state: _State) -> None:
+    """Undoes an installation, up to the names that are replaced: they only pass calls on."""
+    state.hooks.clear()
+    state.withdraw()
+    _remove_entries(state.entries)
+
+
+def _forget(callbacks: list[Any], callback: Any) -> None:
+    if callback in callbacks:
+        callbacks.remove(callback)
+
+
+def _is_timms(function: Any) -> bool:
+    return function is fnmatch or getattr(function, "__module__", "").startswith("timm.")
+
+
+def _replacement(state: _State, name: str, original: Any) -> Any:
+    """What stands in timm for `original`; it holds nothing of this module but the state."""
+    function = original.filter if name == "fnmatch" else original
+
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        hook = state.hooks.get(name)
+        return hook(function, *args, **kwargs) if hook else function(*args, **kwargs)
+
+    return SimpleNamespace(**{**vars(original), "filter": replacement}) if name == "fnmatch" else replacement
+
+
+def _places() -> list[tuple[ModuleType, str]]:
+    """The names to replace.
 
     Raises:
         GHNError: If timm has no such name.
     """
-    hooks: dict[tuple[ModuleType, str], Any] = {
-        (_factory, "split_model_name_tag"): _split_model_name_tag,
-        (_factory, "model_entrypoint"): _model_entrypoint,
-        (_builder, "load_pretrained"): _load_pretrained,
-        (_registry, "_expand_filter"): _expand_filter,
-        (_registry, "fnmatch"): _FNMATCH,
-    }
+    places = [
+        (_factory, "split_model_name_tag"),
+        (_factory, "model_entrypoint"),
+        (_builder, "load_pretrained"),
+        (_registry, "_expand_filter"),
+        (_registry, "fnmatch"),
+    ]
     # timm has had this one since 1.0.31; before that it did not record create_model's arguments on the model.
     if hasattr(_factory, "_resolve_model_source"):
-        hooks[_factory, "_resolve_model_source"] = _resolve_model_source
+        places.append((_factory, "_resolve_model_source"))
     data = ("_model_entrypoints", "_deprecated_models", "_model_pretrained_cfgs", "_model_has_pretrained")
-    needed = [*hooks, *((_registry, name) for name in data)]
+    needed = [*places, *((_registry, name) for name in data)]
     missing = [f"{module.__name__}.{name}" for module, name in needed if not hasattr(module, name)]
     code = getattr(_factory.create_model, "__code__", None)
     if code and "model_entrypoint" not in code.co_names:
         missing.append("the use of model_entrypoint in create_model")
     if missing:
         raise GHNError(f"timm {timm.__version__} lacks {', '.join(missing)}; timm-ghn is tested with timm {_TESTED}.")
-    return hooks
+    return places
 
 
 def _on_register(tag: str) -> None:
     with _lock:
         _refuse_timm_tag(tag)
+        _remove_entries([entry for entry in _state().entries if entry.endswith(f".{tag}")])  # another GHN's until now
         _update_registry([tag])
+
+
+def _remove_entries(entries: Iterable[str]) -> None:
+    for entry in list(entries):
+        _registry._model_pretrained_cfgs.pop(entry, None)
+        _registry._model_has_pretrained.discard(entry)
+        _state().entries.pop(entry)
 
 
 def _refuse_timm_tag(tag: str) -> None:
     suffix = f".{tag}"
     for name in _registry._model_pretrained_cfgs:
-        if name.endswith(suffix) and name not in _entries:
+        if name.endswith(suffix) and name not in _state().entries:
             raise CheckpointError(f"The tag {tag!r} is timm's own ({name} exists): register the GHN under another one.")
 
 
 def _update_registry(tags: Iterable[str]) -> None:
     """Adds ``architecture.tag`` for every architecture that does not have it, or has a newer cfg since."""
     with _lock:
+        entries = _state().entries
         cfgs = _registry._model_pretrained_cfgs
+        images = {tag: _prepared(_images(tag)) for tag in tags}
         for arch in _registry._model_entrypoints.keys() - _registry._deprecated_models.keys():
             default = cfgs.get(arch)
-            for tag in tags:
+            for tag in images:
                 entry = f"{arch}.{tag}"
-                if entry in cfgs and (entry not in _entries or _entries[entry] is default):
+                if entry in cfgs and (entry not in entries or entries[entry] is default):
                     continue
                 blank = dict.fromkeys(_WEIGHTS_FIELDS)
-                cfgs[entry] = dataclasses.replace(
-                    default or timm.models.PretrainedCfg(), **blank, custom_load=False, architecture=arch, tag=tag
-                )
+                fields = {**blank, "custom_load": False, "architecture": arch, "tag": tag, **images[tag]}
+                cfgs[entry] = dataclasses.replace(default or timm.models.PretrainedCfg(), **fields)
                 _registry._model_has_pretrained.add(entry)
-                _entries[entry] = default
+                entries[entry] = default
+
+
+def _images(tag: str) -> Images | None:
+    """How the images of a GHN's training were prepared, if that is known before it is loaded."""
+    try:
+        config = hub.stated_config(tag)
+    except (CheckpointError, OSError):  # whoever loads it is told
+        return None
+    return None if config is None else config.images
+
+
+def _prepared(images: Images | None) -> dict[str, Any]:
+    """The fields of a timm cfg that say how to prepare images.
+
+    The size is not among them: there it says what the architecture takes, and decides which size a model gets.
+    """
+    if images is None:
+        return {}
+    fields = {"mean": images.mean, "std": images.std, "crop_pct": images.crop_pct, "test_crop_pct": None}
+    return fields if images.interpolation is None else {**fields, "interpolation": images.interpolation}
 
 
 def _ghn_tag(arch: str, pretrained_cfg: Any) -> str | None:
@@ -168,7 +249,7 @@ def _ghn_tag(arch: str, pretrained_cfg: Any) -> str | None:
     """
     if isinstance(pretrained_cfg, str):
         tag = str(pretrained_cfg)
-        if f"{arch}.{tag}" in _registry._model_pretrained_cfgs and f"{arch}.{tag}" not in _entries:
+        if f"{arch}.{tag}" in _registry._model_pretrained_cfgs and f"{arch}.{tag}" not in _state().entries:
             return None
         if tag not in hub.list_ghns():
             if tag.lower().startswith("ghn"):
@@ -183,24 +264,26 @@ def _ghn_tag(arch: str, pretrained_cfg: Any) -> str | None:
     return None
 
 
-def _split_model_name_tag(*args: Any, **kwargs: Any) -> tuple[str, str]:
-    arch, tag = _originals[_factory, "split_model_name_tag"](*args, **kwargs)
-    if _installed and tag and _ghn_tag(arch, tag):
+def _split_model_name_tag(original: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[str, str]:
+    arch, tag = original(*args, **kwargs)
+    if tag and _ghn_tag(arch, tag):
         tag = _NameTag(tag)
     return arch, tag
 
 
-def _resolve_model_source(*args: Any, **kwargs: Any) -> tuple[str, Any, dict[str, Any]]:
-    resolved: tuple[str, Any, dict[str, Any]] = _originals[_factory, "_resolve_model_source"](*args, **kwargs)
+def _resolve_model_source(original: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[str, Any, dict[str, Any]]:
+    resolved: tuple[str, Any, dict[str, Any]] = original(*args, **kwargs)
     _call.resolved = resolved
     return resolved
 
 
-def _model_entrypoint(model_name: str, *args: Any, **kwargs: Any) -> Callable[..., nn.Module]:
-    entrypoint: Callable[..., nn.Module] = _originals[_factory, "model_entrypoint"](model_name, *args, **kwargs)
+def _model_entrypoint(
+    original: Callable[..., Any], model_name: str, *args: Any, **kwargs: Any
+) -> Callable[..., nn.Module]:
+    entrypoint: Callable[..., nn.Module] = original(model_name, *args, **kwargs)
     _, requested, recorded = vars(_call).pop("resolved", (None, _UNKNOWN, {}))
     # timm's own function comes back for timm's own calls, where that is known already, so that nothing differs in them.
-    if not _installed or (requested is not _UNKNOWN and not _ghn_tag(model_name, requested)):
+    if requested is not _UNKNOWN and not _ghn_tag(model_name, requested):
         return entrypoint
 
     def create(pretrained: bool = False, pretrained_cfg: Any = None, **kwargs: Any) -> nn.Module:
@@ -216,6 +299,8 @@ def _model_entrypoint(model_name: str, *args: Any, **kwargs: Any) -> Callable[..
                 f"ghn_kwargs is {ghn_kwargs!r}, not a dictionary; on the command line of a timm script, write"
                 """ --model-kwargs "ghn_kwargs={'head': 'keep'}", quotes included."""
             )
+        for name in ghn_kwargs.keys() - set(_GHN_KWARGS):
+            raise TypeError(f"ghn_kwargs has the key {name!r}; those it may have are {', '.join(_GHN_KWARGS)}.")
         if isinstance(pretrained_cfg, str):
             asked = pretrained or not isinstance(pretrained_cfg, _NameTag)
             pretrained_cfg = None
@@ -223,30 +308,24 @@ def _model_entrypoint(model_name: str, *args: Any, **kwargs: Any) -> Callable[..
             asked = pretrained
         build = functools.partial(_build, entrypoint, model_name, tag, pretrained_cfg, kwargs)
         if not asked:
-            return build()
+            return build(_images(tag))
         ghn = hub.load_ghn(tag)  # first, so that a missing one costs no time
-        model, report = create_predicted(build, ghn, key=_key(entrypoint, pretrained_cfg, kwargs), **ghn_kwargs)
+        build = functools.partial(build, ghn.config.images, ghn_kwargs.get("head") != "keep")
+        model, report = create_predicted(build, ghn, **ghn_kwargs)
         logger.info("%s by %s:\n%s", model_name, tag, report)
         return model
 
     return create
 
 
-def _key(entrypoint: Callable[..., nn.Module], pretrained_cfg: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """All that decides which graph a model has; None for one that is not timm's own, whose code may change."""
-    if not entrypoint.__module__.startswith("timm.models."):
-        return None
-    return {
-        "timm": timm.__version__,
-        "entrypoint": f"{entrypoint.__module__}.{entrypoint.__qualname__}",
-        "pretrained_cfg": vars(pretrained_cfg) if dataclasses.is_dataclass(pretrained_cfg) else pretrained_cfg,
-        "kwargs": {name: value for name, value in kwargs.items() if name not in ("cache_dir", "device", "dtype")},
-        "layers": [timm.layers.is_exportable(), timm.layers.is_scriptable(), timm.layers.use_fused_attn()],
-    }
-
-
 def _build(
-    entrypoint: Callable[..., nn.Module], arch: str, tag: str, pretrained_cfg: Any, kwargs: dict[str, Any]
+    entrypoint: Callable[..., nn.Module],
+    arch: str,
+    tag: str,
+    pretrained_cfg: Any,
+    kwargs: dict[str, Any],
+    images: Images | None,
+    has_head: bool = False,
 ) -> nn.Module:
     """timm's model without weights, labelled as the GHN's.
 
@@ -257,17 +336,29 @@ def _build(
         fields = vars(pretrained_cfg) if dataclasses.is_dataclass(pretrained_cfg) else pretrained_cfg
         pretrained_cfg = {**fields, "tag": default and default.tag}
     model = entrypoint(pretrained=False, pretrained_cfg=pretrained_cfg, **kwargs)
-    label(model, tag)
+    label(model, tag, images, has_head)
     return model
 
 
-def label(model: nn.Module, tag: str) -> None:
-    """Makes a model's cfg say that its weights are a GHN's, and nothing of those it was written for."""
+def label(model: nn.Module, tag: str, images: Images | None, has_head: bool) -> None:
+    """Makes a model's cfg say that its weights are a GHN's, and nothing of those it was written for.
+
+    Args:
+        model: A timm model.
+        tag: The GHN's.
+        images: What it was trained with; None leaves what the cfg says of images.
+        has_head: Whether the classification layer is predicted, if it has the GHN's classes, whose names then hold.
+    """
     cfg = getattr(model, "pretrained_cfg", None)
     if isinstance(cfg, dict):  # default_cfg is the same object
         for field in _WEIGHTS_FIELDS:
             cfg.pop(field, None)
-        cfg.update(tag=tag, custom_load=False)
+        cfg.update(tag=tag, custom_load=False, **_prepared(images))
+        if cfg.get("test_crop_pct", "") is None:
+            del cfg["test_crop_pct"]
+        names = images.label_names if images and has_head else None
+        if names and len(names) == getattr(model, "num_classes", None):
+            cfg.update(num_classes=len(names), label_names=names)
 
 
 def save_config(model: nn.Module, file: Path) -> None:
@@ -275,20 +366,20 @@ def save_config(model: nn.Module, file: Path) -> None:
     importlib.import_module("timm.models._hub").save_config_for_hf(model, file)
 
 
-def _load_pretrained(model: nn.Module, pretrained_cfg: Any = None, *args: Any, **kwargs: Any) -> None:
+def _load_pretrained(
+    original: Callable[..., Any], model: nn.Module, pretrained_cfg: Any = None, *args: Any, **kwargs: Any
+) -> None:
     """Serves calls around `create_model`: ``timm.models.resnet50(pretrained=True, pretrained_cfg="ghn2")``."""
     cfg = pretrained_cfg or getattr(model, "pretrained_cfg", None)
-    tag = _ghn_tag("", cfg) if _installed and isinstance(cfg, dict) else None
+    tag = _ghn_tag("", cfg) if isinstance(cfg, dict) else None
     if tag is None:
-        _originals[_builder, "load_pretrained"](model, pretrained_cfg, *args, **kwargs)
+        original(model, pretrained_cfg, *args, **kwargs)
     else:
         initialize(model, hub.load_ghn(tag))
 
 
-def _expand_filter(filter: str) -> list[str]:
-    expanded: list[str] = _originals[_registry, "_expand_filter"](filter)
-    if not _installed:
-        return expanded
+def _expand_filter(original: Callable[..., Any], filter: str) -> list[str]:
+    expanded: list[str] = original(filter)
     tags = hub.list_ghns()
     _update_registry(tags)
     return [_TagFilter(part) if _named_tags(part, tags) else part for part in expanded]
@@ -300,8 +391,8 @@ def _named_tags(filter: str, tags: Iterable[str]) -> list[str]:
     return fnmatch.filter(tags, pattern) if pattern.strip("*?") else []
 
 
-def _filter_names(names: Iterable[str], pattern: str) -> list[str]:
-    found = fnmatch.filter(names, pattern)
+def _filter_names(original: Callable[..., Any], names: Iterable[str], pattern: str) -> list[str]:
+    found: list[str] = original(names, pattern)
     # A filter that means something to timm keeps its result, whatever a GHN is called.
     if found or not isinstance(pattern, _TagFilter):
         return found
@@ -310,4 +401,11 @@ def _filter_names(names: Iterable[str], pattern: str) -> list[str]:
     return fnmatch.filter((f"{arch}.{tag}" for arch in architectures for tag in tags), pattern)
 
 
-_FNMATCH = SimpleNamespace(**{**vars(fnmatch), "filter": _filter_names})
+_HOOKS: dict[str, Callable[..., Any]] = {
+    "split_model_name_tag": _split_model_name_tag,
+    "model_entrypoint": _model_entrypoint,
+    "load_pretrained": _load_pretrained,
+    "_expand_filter": _expand_filter,
+    "fnmatch": _filter_names,
+    "_resolve_model_source": _resolve_model_source,
+}

@@ -248,8 +248,10 @@ class _TensorsOnMeta(TorchFunctionMode):
 
 def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
     if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(torch.empty_like(tensor, device="meta", dtype=torch.float32))
-    return tensor.detach().to("meta")
+        return nn.Parameter(torch.empty(tensor.shape, device="meta"))
+    # As the parameters: in a model of another precision, both have to fit each other.
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    return torch.empty(tensor.shape, device="meta", dtype=dtype)
 
 
 def _is_plain(value: Any) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..ambient import plain_torch
 from ..errors import TraceError
 from .computation_graph import BRANCH_SCALE, NORM_PRIMITIVES, POSITION_BIAS, WEIGHT_PRIMITIVES, ComputationGraph
 from .fused import MATMULS as _MATMULS
@@ -35,6 +36,7 @@ _RECTIFIERS = ("Relu", "Hard", "Sigmoid")
 _LAYER_CLASSES = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention)
 
 
+@plain_torch()
 def trace(model: nn.Module, input_size: int | Size | None = None, inputs: Any = None) -> ComputationGraph:
     """Traces a model into the graph a GHN reads, on the meta device: no arithmetic and no memory for weights.
 

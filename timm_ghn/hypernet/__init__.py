@@ -1,6 +1,6 @@
 """The graph hypernetwork: a network that reads a computation graph and writes its parameters."""
 
-from .config import GHNConfig
+from .config import GHNConfig, Images
 from .ghn import GHN
 
-__all__ = ["GHN", "GHNConfig"]
+__all__ = ["GHN", "GHNConfig", "Images"]

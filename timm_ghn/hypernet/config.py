@@ -24,6 +24,44 @@ _MAX_ELEMENTS = 1 << 34
 
 
 @dataclasses.dataclass(frozen=True)
+class Images:
+    """How the images were prepared that a GHN was trained with; fields are named as in timm's pretrained cfgs.
+
+    Attributes:
+        mean: Per channel, of pixels scaled to 0…1.
+        std: Likewise.
+        input_size: (channels, height, width).
+        crop_pct: Share of the resized image that evaluation looks at.
+        interpolation: Of the resizing; None if nothing was resized.
+        label_names: The classes' names, in the order of the outputs; None if unknown.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    input_size: tuple[int, ...]
+    crop_pct: float = 1.0
+    interpolation: str | None = None
+    label_names: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        channels = self.input_size[0] if len(self.input_size) == 3 else 0
+        finite = all(math.isfinite(value) for value in (*self.mean, *self.std))
+        counts = len(self.mean) == len(self.std) == channels > 0
+        if not (finite and counts and min(self.input_size) > 0 and min(self.std) > 0):
+            raise ValueError(
+                f"GHN config: images has mean {short(self.mean)}, std {short(self.std)} and input_size "
+                f"{short(self.input_size)}; it must be a mean and a std above 0 for each channel of (channels, height, "
+                "width)."
+            )
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Images:
+        """Inverse of `dataclasses.asdict`, from JSON."""
+        fields: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in data.items()}
+        return cls(**fields)
+
+
+@dataclasses.dataclass(frozen=True)
 class GHNConfig:
     """Configuration of a graph hypernetwork; field names are those of the published checkpoints.
 
@@ -47,6 +85,8 @@ class GHNConfig:
             no position, which is also the mean of timm's inits.
         split_attention: Queries, keys and values are predicted each on its own, from nodes that know which they are,
             also where they are the parts of one parameter. The published checkpoints repeat one tile over all three.
+        images: What it was trained with, for whoever prepares images for a predicted model. None if unknown. It decides
+            nothing about the module, and configs are equal without regard to it.
     """
 
     num_classes: int
@@ -63,6 +103,7 @@ class GHNConfig:
     branch_scale: float | None = None
     position_bias: float | None = None
     split_attention: bool = False
+    images: Images | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
@@ -87,6 +128,9 @@ class GHNConfig:
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
                 raise ValueError(f"GHN config: {name} is {short(value)}; it must be finite.")
+        names = self.images.label_names if self.images else None
+        if names is not None and len(names) != self.num_classes:
+            raise ValueError(f"GHN config: images names {len(names)} classes; num_classes is {self.num_classes}.")
 
     @property
     def max_channels(self) -> int:
@@ -94,8 +138,13 @@ class GHNConfig:
         return max(self.max_shape[:2])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types for JSON."""
-        return {**dataclasses.asdict(self), "max_shape": list(self.max_shape)}
+        """Plain types for JSON; without `images` if they are unknown."""
+        fields = {**dataclasses.asdict(self), "max_shape": list(self.max_shape)}
+        images = fields.pop("images")
+        if images is not None:
+            known = {name: value for name, value in images.items() if value is not None}
+            fields["images"] = {k: list(v) if isinstance(v, tuple) else v for k, v in known.items()}
+        return fields
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> GHNConfig:
@@ -114,4 +163,6 @@ class GHNConfig:
         data.setdefault("hypernet", "graphormer" if "layers" in data else "gatedgnn")
         if "max_shape" in data:
             data["max_shape"] = tuple(data["max_shape"])
+        if data.get("images") is not None:
+            data["images"] = Images.from_dict(data["images"])
         return cls(**data)

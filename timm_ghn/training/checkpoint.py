@@ -75,7 +75,11 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
         raise TrainingError(f"{folder} holds no checkpoint to resume from; start without resuming.")
     directory = checkpoints[-1]
     try:
-        tensors = {file.stem: load_file(file) for file in sorted(directory.glob("*.safetensors"))}
+        # Copies, since optimizers keep the tensors that they are given, and these are the file in memory.
+        tensors = {
+            file.stem: {name: tensor.clone() for name, tensor in load_file(file).items()}
+            for file in sorted(directory.glob("*.safetensors"))
+        }
         state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
     except (OSError, SafetensorError, ValueError) as error:
         raise TrainingError(

@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,8 @@ def train(args: argparse.Namespace) -> None:
         logging.getLogger("timm_ghn").setLevel(logging.INFO if first else logging.ERROR)
         data, validation = _load_data(args, "train"), _load_data(args, "val")
         init = load_ghn(args.init) if args.init else None
-        config = _config(args, data.num_classes, None if init is None else init.config.to_dict(), device)
+        ghn = None if init is None else replace(init.config, images=None).to_dict()  # it may have seen others
+        config = _config(args, data.num_classes, ghn, device)
         trainer = Trainer(
             config, data, validation, args.out, device=device, workers=args.workers, init=init, resume=args.resume,
             cooldown_from=None if args.resume else args.cooldown_from,

@@ -22,11 +22,12 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_datase
 from torch import Tensor
 
 from timm_ghn.errors import GHNError
+from timm_ghn.hypernet import Images
 
 _CROP_PADDING = 4
 
-# Labels, what gives the encoded (or, from torchvision, decoded) image of a row, and the number of classes if known.
-_Rows = tuple[np.ndarray, Callable[[int], Any], "int | None"]
+# Labels, what gives the encoded (or, from torchvision, decoded) image of a row, and the classes' names if known.
+_Rows = tuple[np.ndarray, Callable[[int], Any], "tuple[str, ...] | None"]
 
 
 class DatasetError(GHNError):
@@ -43,6 +44,8 @@ class ImageDataset:
         num_classes: How many classes the whole source has, which may be more than this split shows.
         mean: Per channel, of pixels scaled to 0…1; by default the numbers that timm's own loaders use.
         std: Likewise.
+        names: Of the classes, if the source has them.
+        interpolation: Of the resizing, if images were resized.
     """
 
     images: Tensor
@@ -50,6 +53,8 @@ class ImageDataset:
     num_classes: int
     mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
     std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
+    names: tuple[str, ...] | None = None
+    interpolation: str | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -57,6 +62,11 @@ class ImageDataset:
     @property
     def image_size(self) -> int:
         return self.images.shape[-1]
+
+    def described(self) -> Images:
+        """What a GHN's config says of the images that it was trained with."""
+        size = tuple(self.images.shape[1:])
+        return Images(self.mean, self.std, size, interpolation=self.interpolation, label_names=self.names)
 
     def to(self, device: torch.device | str) -> ImageDataset:
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
@@ -143,13 +153,13 @@ def load_dataset(
     if source.endswith(".parquet"):
         if split == "test":
             raise DatasetError(f"{source} is a single parquet file without a test split; choose train, val or all.")
-        labels, encoded, named_classes = _read_parquet(Path(source))
+        labels, encoded, names = _read_parquet(Path(source))
     else:
         part = "test" if split == "test" else "train"
-        labels, encoded, named_classes = _read_with_timm(source, part, root, download)
+        labels, encoded, names = _read_with_timm(source, part, root, download)
     if len(labels) == 0:
         raise DatasetError(f"{source} holds no images; give a data set with at least one.")
-    classes = num_classes or named_classes or int(labels.max()) + 1
+    classes = num_classes or (len(names) if names else int(labels.max()) + 1)
     outside = np.flatnonzero((labels < 0) | (labels >= classes))
     if len(outside):
         raise DatasetError(
@@ -157,7 +167,13 @@ def load_dataset(
             f"0 to {classes - 1}; correct the labels or num_classes."
         )
     rows = _rows_of(split, labels, holdout, source)
-    return ImageDataset(_decode(encoded, rows, image_size, source), torch.from_numpy(labels[rows]), classes)
+    return ImageDataset(
+        _decode(encoded, rows, image_size, source),
+        torch.from_numpy(labels[rows]),
+        classes,
+        names=names if names and len(names) == classes else None,
+        interpolation=None if image_size is None else "bicubic",
+    )
 
 
 def _rows_of(split: str, labels: np.ndarray, holdout: int, source: str) -> np.ndarray:
@@ -201,7 +217,7 @@ def _read_parquet(path: Path) -> _Rows:
     described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     names = described.get("info", {}).get("features", {}).get("label", {}).get("names")
     encoded = pc.struct_field(table[column], "bytes")
-    return table["label"].to_numpy().astype(np.int64), lambda row: encoded[row].as_py(), len(names) if names else None
+    return table["label"].to_numpy().astype(np.int64), lambda row: encoded[row].as_py(), tuple(names) if names else None
 
 
 def _read_with_timm(source: str, split: str, root: str | None, download: bool) -> _Rows:
@@ -245,7 +261,7 @@ def _read_with_timm(source: str, split: str, root: str | None, download: bool) -
         labels = np.array(getattr(dataset, "targets", ()), np.int64)
         if labels.shape != (len(dataset),):
             raise DatasetError(f"{source} has no single label for each image; give a folder of its images instead.")
-        return labels, lambda row: dataset[row][0], len(dataset.classes)
+        return labels, lambda row: dataset[row][0], tuple(dataset.classes)
     # Past the data set to its reader: for a damaged image, the data set answers with the next good one.
     reader = dataset.reader
 
@@ -254,7 +270,8 @@ def _read_with_timm(source: str, split: str, root: str | None, download: bool) -
             return bytes(file.read())
 
     targets = [label for _, label in reader.samples] if hasattr(reader, "samples") else list(reader.iter_targets())
-    return np.array(targets, np.int64), encoded, len(reader.class_to_idx) or None
+    names = tuple(map(str, sorted(reader.class_to_idx, key=reader.class_to_idx.get)))
+    return np.array(targets, np.int64), encoded, names or None
 
 
 def _decode(encoded: Callable[[int], Any], rows: np.ndarray, image_size: int | None, source: str) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import logging
 import math
 import signal
@@ -115,13 +116,14 @@ class Trainer:
         self.ghn = new_ghn(config.ghn, config.seed)
         if init is not None:
             if GHN.parameter_shapes(init.config) != GHN.parameter_shapes(config.ghn):
-                differing = [k for k, v in init.config.to_dict().items() if config.ghn.to_dict()[k] != v]
+                differing = [k for k, v in init.config.to_dict().items() if config.ghn.to_dict().get(k) != v]
                 raise TrainingError(
                     f"The weights to start from are another GHN's: it differs in {', '.join(differing)}."
                 )
             self.ghn.load_state_dict(init.state_dict())
         self.ghn.to(self.device).train()
         self.ema = copy.deepcopy(self.ghn).requires_grad_(False).eval()
+        self.ema.config = dataclasses.replace(config.ghn, images=self.train.described())
         # Gradients are views of one tensor, with sums behind them that travel along: loss, correct predictions,
         # networks left out, the clock, and whether somebody wants to stop. One call then averages over processes, and
         # one reads it all.
