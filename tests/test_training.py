@@ -200,6 +200,14 @@ def test_starting_from_weights(uninterrupted: Path, tmp_path: Path) -> None:
         assert torch.equal(value, init.state_dict()[name])
     meaning = dataclasses.replace(CONFIG, ghn=dataclasses.replace(CONFIG.ghn, branch_scale=0.5))
     assert trainer(tmp_path, meaning, init=init).ghn.config.branch_scale == 0.5, "the same tensors may mean more"
+    split = dataclasses.replace(CONFIG, ghn=dataclasses.replace(CONFIG.ghn, split_attention=True))
+    graph = prepare(network("vit"), 3, 32).graph
+    with torch.no_grad():
+        (tied,), (untied,) = init([graph]), trainer(tmp_path, split, init=init).ghn([graph])
+    qkv = "blocks.0.attn.qkv.weight"
+    assert tied[qkv].shape[0] < untied[qkv].shape[0] == graph.shapes[graph.names.index(qkv)][0]
+    queries, keys, values = untied[qkv].chunk(3)
+    assert torch.equal(queries, keys) and torch.equal(keys, values), "they start out as equals"
     other = dataclasses.replace(CONFIG, ghn=dataclasses.replace(CONFIG.ghn, hid=16))
     with pytest.raises(TrainingError, match="differs in hid"):
         trainer(tmp_path, other, init=init)
@@ -387,6 +395,16 @@ def test_a_task_computes_what_its_network_does(family: str) -> None:
     assert (rough - real(x)).norm() < 0.2 * real(x).norm()
     again = prepare(network(family), 5, 32)
     assert all(torch.equal(value, again.fixed[name]) for name, value in prepared.fixed.items())
+
+
+def test_training_tells_queries_from_keys_that_start_out_equal(tmp_path: Path) -> None:
+    ghn = dataclasses.replace(CONFIG.ghn, split_attention=True)
+    shares = (Share("timm", ("vit",), 4_000_000),)
+    config = dataclasses.replace(CONFIG, ghn=ghn, architectures=shares, steps=2, warmup=0)
+    run = trainer(tmp_path, config, init=new_ghn(CONFIG.ghn, seed=0))
+    run.run()
+    queries, keys, values = run.ghn.operand_embed.weight.detach()
+    assert min((a - b).abs().max() for a, b in ((queries, keys), (keys, values), (queries, values))) > 1e-5
 
 
 def test_a_schedule_uses_each_architecture_equally_often() -> None:

@@ -34,7 +34,7 @@ from timm_ghn.training.trainer import Trainer
 
 logger = logging.getLogger("timm_ghn.training")
 
-_GHN_ARGUMENTS = ("hypernet", "decoder", "hid", "layers", "heads", "rank", "max_shape")
+_GHN_ARGUMENTS = ("hypernet", "decoder", "hid", "layers", "heads", "rank", "max_shape", "split_attention")
 _RUN_ARGUMENTS = ("steps", "seed", "meta_batch", "batch_size", "optimizer", "lr", "schedule", "network_clip",
                   "eval_every", "val_architectures", "val_images", "bf16")  # fmt: skip
 _BATCH = 250
@@ -101,6 +101,11 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     config.add_argument("--layers", type=integer(1))
     config.add_argument("--heads", type=integer(1))
     config.add_argument("--rank", type=integer(1), help="of a low-rank decoder's matrices")
+    config.add_argument(
+        "--split-attention",
+        action=argparse.BooleanOptionalAction,
+        help="predict queries, keys and values each by itself",
+    )
     config.add_argument("--max-shape", type=_kernel, metavar="OUT,IN,H,W")
     parser.set_defaults(run=train)
 

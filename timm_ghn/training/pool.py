@@ -99,11 +99,14 @@ class Schedule:
 class _Preparation(Dataset[Prepared]):
     """Work for the worker processes: an item is what `Schedule.number` numbers."""
 
-    def __init__(self, schedule: Schedule, num_classes: int, image_size: int):
-        self.schedule, self.num_classes, self.image_size = schedule, num_classes, image_size
+    def __init__(self, schedule: Schedule, num_classes: int, image_size: int, untie: bool):
+        self.schedule, self.num_classes, self.image_size, self.untie = schedule, num_classes, image_size, untie
 
     def __getitem__(self, key: tuple[int, int]) -> Prepared:
-        return prepare(self.schedule.architecture(*key, self.image_size), self.num_classes, self.image_size)
+        prepared = prepare(self.schedule.architecture(*key, self.image_size), self.num_classes, self.image_size)
+        if self.untie:
+            _ = prepared.graph.untied  # which the graph keeps, and takes along
+        return prepared
 
 
 def _ignore_interrupts(worker: int) -> None:
@@ -122,6 +125,7 @@ class TaskPool:
         image_size: Of the data set.
         device: Where the tasks' fixed values go.
         workers: Worker processes; 0 prepares in this process.
+        untie: Whether the GHN reads untied graphs (`GHNConfig.split_attention`).
     """
 
     def __init__(
@@ -133,12 +137,13 @@ class TaskPool:
         image_size: int,
         device: torch.device,
         workers: int,
+        untie: bool = False,
     ):
         self.schedule, self.lanes, self.first_step = schedule, lanes, first_step
         self.num_classes, self.image_size, self.device = num_classes, image_size, device
         self._tasks: dict[tuple[int, int], Task] = {}
         loader = DataLoader(
-            _Preparation(schedule, num_classes, image_size),
+            _Preparation(schedule, num_classes, image_size, untie),
             batch_size=None,
             sampler=self._order(),
             num_workers=workers,

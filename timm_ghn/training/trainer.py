@@ -115,12 +115,7 @@ class Trainer:
 
         self.ghn = new_ghn(config.ghn, config.seed)
         if init is not None:
-            if GHN.parameter_shapes(init.config) != GHN.parameter_shapes(config.ghn):
-                differing = [k for k, v in init.config.to_dict().items() if config.ghn.to_dict().get(k) != v]
-                raise TrainingError(
-                    f"The weights to start from are another GHN's: it differs in {', '.join(differing)}."
-                )
-            self.ghn.load_state_dict(init.state_dict())
+            self.ghn.load_state_dict(_starting_weights(init, config.ghn))
         self.ghn.to(self.device).train()
         self.ema = copy.deepcopy(self.ghn).requires_grad_(False).eval()
         self.ema.config = dataclasses.replace(config.ghn, images=self.train.described())
@@ -283,7 +278,8 @@ class Trainer:
             )
         schedule = Schedule(config.architectures, config.seed, config.meta_batch, config.uses, config.spacing)
         classes, size = config.ghn.num_classes, self.train.image_size
-        pool = TaskPool(schedule, self.lanes, self.step, classes, size, self.device, self.workers)
+        untie = config.ghn.split_attention
+        pool = TaskPool(schedule, self.lanes, self.step, classes, size, self.device, self.workers, untie)
         self._stop = False
         started, earlier = time.monotonic(), self.seconds
         first_step, first_progress = self.step, self.progress
@@ -455,6 +451,18 @@ class Trainer:
                 progress.update(task, completed=share, description=text)
 
             yield show
+
+
+def _starting_weights(init: GHN, config: GHNConfig) -> dict[str, Tensor]:
+    """A GHN's tensors for one of another config, if they fit it; with split attention, operands start out as equals."""
+    tensors = init.state_dict()
+    shapes = GHN.parameter_shapes(config)
+    if config.split_attention and not init.config.split_attention:
+        tensors["operand_embed.weight"] = torch.zeros(shapes["operand_embed.weight"])
+    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != shapes:
+        differing = [name for name, value in init.config.to_dict().items() if config.to_dict().get(name) != value]
+        raise TrainingError(f"The weights to start from are another GHN's: it differs in {', '.join(differing)}.")
+    return tensors
 
 
 def _check_data(config: TrainConfig, train: ImageDataset, val: ImageDataset) -> None:
