@@ -59,14 +59,14 @@ def test_nothing_is_tiled_up_to_the_widest_layer() -> None:
 
 
 def test_it_learns() -> None:
-    """A few steps of gradient descent on what the predicted weights compute."""
+    """A few steps of gradient descent on what the predicted weights compute; in float64, for the same on any CPU."""
     torch.manual_seed(0)
-    ghn = new_ghn(CONFIG, seed=0)
-    images, labels = torch.randn(16, 3, 8, 8), torch.arange(16) % 10
+    ghn = new_ghn(CONFIG, seed=0).double()
+    images, labels = torch.randn(16, 3, 8, 8, dtype=torch.float64), torch.arange(16) % 10
     model = torch.nn.Sequential(
         torch.nn.Conv2d(3, 32, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
         torch.nn.Linear(32, 10),
-    )  # fmt: skip
+    ).double()  # fmt: skip
     graph = trace(model, (3, 8, 8))
     optimizer = torch.optim.Adam(ghn.parameters(), lr=3e-3)
     losses = []
