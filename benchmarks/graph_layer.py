@@ -50,7 +50,6 @@ MODELS = (
     "resnet50",
     "efficientnet_b0",
     "cait_xxs36_224",
-    "vit_tiny_patch16_224:depth=153",
 )
 NOT_MEASURED = "not measured"
 GPU_LEVEL_SECONDS = 1e-6
@@ -62,7 +61,7 @@ def main() -> None:
     parser.add_argument(
         "--models", nargs="*", type=model_spec, default=list(MODELS), help="as NAME or NAME:depth=BLOCKS"
     )
-    parser.add_argument("--batches", nargs="*", type=integer(1), default=[4, 64], help="of so many training graphs")
+    parser.add_argument("--batches", nargs="*", type=integer(1), default=[4, 16], help="of so many training graphs")
     parser.add_argument("--dim", type=integer(1), default=32, help="width of GHN-2's states (default: %(default)s)")
     parser.add_argument(
         "--attention-dim",
