@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import runpy
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +242,7 @@ def test_ctrl_c_during_a_sweep(workers: str, seconds: int, tmp_path: Path, ghn_f
     process = subprocess.Popen(
         [sys.executable, "-m", "timm_ghn", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=environment(), start_new_session=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )  # fmt: skip
     rows = tmp_path / "zoo.jsonl"
     while process.poll() is None and not rows.exists():
@@ -248,7 +251,11 @@ def test_ctrl_c_during_a_sweep(workers: str, seconds: int, tmp_path: Path, ghn_f
     while process.poll() is None and time.monotonic() < deadline and not rows.stat().st_size:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
+    try:
+        _, errors = process.communicate(timeout=120)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # as it should be
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130
     assert errors.splitlines()[-1] == "timm-ghn: interrupted" and "Traceback" not in errors
 

@@ -168,8 +168,9 @@ def _config(
         fields = load_checkpoint(args.out / "checkpoints")[1]["config"]
     elif args.cooldown_from:
         state = load_checkpoint(args.cooldown_from / "checkpoints")[1]
-        steps = None if args.steps is None else state["step"] + args.steps
-        return TrainConfig.from_dict({**state["config"], "schedule": "linear", "warmup": 0, "steps": steps})
+        fields = {**state["config"], "schedule": "linear", "warmup": 0, "steps": None}
+        if args.steps is not None:
+            args.steps += state["step"]
     else:
         fields = {**PRESETS[args.preset or "ghn2"], "bf16": has_bf16(device)}
     if args.config is not None:
