@@ -27,7 +27,7 @@ from timm.scheduler import CosineLRScheduler
 from tqdm import tqdm
 
 import timm_ghn  # noqa: F401, installs the hook
-from timm_ghn.command_line import Parser, architecture_name, exit_status, integer, positive
+from timm_ghn.command_line import Parser, architecture_name, exit_status, integer, output_directory, positive
 from timm_ghn.evaluation import accuracy, calibrate, create_model
 from timm_ghn.finetune import PREPARATIONS
 from timm_ghn.training.data import ImageDataset, load_dataset
@@ -82,17 +82,21 @@ def main() -> None:
     parser.add_argument("--epochs", type=integer(1), default=6, help="of 1,000 images (default: %(default)s)")
     parser.add_argument("--images", type=integer(1), default=500, help="held-out images (default: %(default)s)")
     parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results" / "learning_rates.json",
+        "--out",
+        type=output_directory,
+        default=str(Path(__file__).parent / "results"),
         help="where the results are kept (default: %(default)s)",
-    )  # fmt: skip
+    )
     arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    file = arguments.out / "learning_rates.json"
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # a CPU is slow on numbers next to nothing
     train = few_shot(load_dataset(arguments.data, "train"), 100, seed=0)
     val = load_dataset(arguments.data, "val")
     test = ImageDataset(val.images[: arguments.images], val.labels[: arguments.images], val.num_classes)
 
-    rows: list[dict[str, Any]] = json.loads(arguments.out.read_text())["runs"] if arguments.out.exists() else []
+    rows: list[dict[str, Any]] = json.loads(file.read_text())["runs"] if file.exists() else []
     wanted = [
         {"model": model, "start": start, "rate": rate, "warmup": warmup, "epochs": arguments.epochs,
          "images": arguments.images}
@@ -104,7 +108,7 @@ def main() -> None:
         chosen = {key: setting[key] for key in ("start", "rate", "warmup", "epochs")}
         curve = run(setting["model"], **chosen, train=train, test=test)
         rows.append({**setting, "machine": machine(), "top1": curve})
-        arguments.out.write_text(json.dumps({"runs": rows}, indent=1) + "\n")
+        file.write_text(json.dumps({"runs": rows}, indent=1) + "\n")
 
     table = Table("architecture", "start", "warm-up", "before", *(f"{rate:g}" for rate in arguments.rates))
     for model in arguments.models:

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from timm_ghn.command_line import Parser, exit_status, integer, positive
+from timm_ghn.command_line import Parser, exit_status, integer, output_directory, positive
 from timm_ghn.hub import load_ghn
 from timm_ghn.training.architectures import families
 from timm_ghn.training.config import TrainConfig
@@ -91,10 +91,14 @@ def main() -> None:
     parser.add_argument("--init", help="start from these weights instead of from scratch")
     parser.add_argument("--trials", nargs="*", choices=TRIALS, default=list(TRIALS)[:5], help="which to run")
     parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results" / "training_trials.json",
+        "--out",
+        type=output_directory,
+        default=str(Path(__file__).parent / "results"),
         help="where the results are kept (default: %(default)s)",
-    )  # fmt: skip
+    )
     arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    file = arguments.out / "training_trials.json"
     torch.set_num_threads(1)
     logging.basicConfig(format="%(message)s")
 
@@ -102,7 +106,7 @@ def main() -> None:
     share = {"source": "timm", "families": families("timm", arguments.tier), "max_macs": int(arguments.max_macs)}
     common = {"architectures": [share], "val_architectures": 48, "val_images": 500, "uses": 6}
     told = {name: getattr(arguments, name) for name in ("seconds", "max_macs", "tier", "init")}
-    rows: list[dict[str, Any]] = json.loads(arguments.out.read_text())["trials"] if arguments.out.exists() else []
+    rows: list[dict[str, Any]] = json.loads(file.read_text())["trials"] if file.exists() else []
     for name in arguments.trials:
         if any(row["name"] == name and row["setting"] == told for row in rows):
             continue
@@ -111,7 +115,7 @@ def main() -> None:
         config = TrainConfig.from_dict(fields)
         result = run(config, arguments.init, train, val, arguments.seconds, name)
         rows.append({"name": name, "setting": told, "machine": machine(), **result})
-        arguments.out.write_text(json.dumps({"trials": rows}, indent=1) + "\n")
+        file.write_text(json.dumps({"trials": rows}, indent=1) + "\n")
 
     table = Table("trial", "architecture-steps", "top-1 of unseen networks, %", "while training, %")
     for row in rows:
