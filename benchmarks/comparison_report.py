@@ -183,7 +183,7 @@ def signed(value: tuple[float, float]) -> str:
 
 
 def verdicts(section: Row) -> list[str]:
-    """A sentence for each start: where it wins, and where it does not."""
+    """A sentence for each start: where it wins, and where it does not; and what becomes of it at each rate."""
     sentences = []
     for start, row in section["summary"]["overall"].items():
         if start != "random":
@@ -192,7 +192,22 @@ def verdicts(section: Row) -> list[str]:
                 f"architectures, at the end on {row['ahead_at_end']}; at random's final accuracy in half the steps or "
                 f"fewer on {row['half_the_steps']}."
             )
-    return sentences
+    return sentences + by_rate(section)
+
+
+def by_rate(section: Row) -> list[str]:
+    """A sentence for each start: what the short runs that choose a rate reach with each."""
+    reached: dict[str, dict[float, list[float]]] = {}
+    for run in section["tuning"]:
+        at_end = 100 * list(run["curve"].values())[-1]
+        reached.setdefault(run["start"], {}).setdefault(run["rate"], []).append(at_end)
+    steps = section["tuning"][0]["steps"] if section["tuning"] else 0
+    return [
+        f"{start}, by learning rate, after {steps} steps: "
+        + ", ".join(f"{statistics.mean(found):.1f} % at {rate:g}" for rate, found in sorted(rates.items()))
+        + "."
+        for start, rates in reached.items()
+    ]
 
 
 def notes(result: Row) -> list[str]:
