@@ -194,7 +194,9 @@ def test_ghn_kwargs_are_checked() -> None:
         (MODEL, {"num_classes": None}, lambda m: m.num_classes == 1000),
     ],
 )
-def test_arguments_keep_timms_meaning(name: str, kwargs: dict[str, Any], check: Callable[[nn.Module], bool]) -> None:
+def test_arguments_keep_timms_meaning(
+    name: str, kwargs: dict[str, Any], check: Callable[[nn.Module], bool]
+) -> None:
     model = create_model(name, pretrained_cfg=TAG, **kwargs)
     with torch.no_grad():
         assert check(model.eval())
