@@ -20,7 +20,7 @@ EDGELESS = (torch.empty(0, 3, dtype=torch.int64), 1)
 
 
 def op_arguments(h: Tensor, topology: Topology, weights: list[Tensor]) -> tuple[Tensor, ...]:
-    return (h, *vars(topology).values(), *weights)
+    return (True, h, *vars(topology).values(), *weights)
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -158,7 +158,7 @@ def test_opcheck() -> None:
     out, saved = torch.ops.timm_ghn.gated_gnn(*op_arguments(h, topology, weights))
     torch.library.opcheck(
         torch.ops.timm_ghn.gated_gnn_backward.default,
-        (torch.ones_like(out), *(x.detach() for x in (out, saved, *vars(topology).values(), *weights))),
+        (True, torch.ones_like(out), *(x.detach() for x in (out, saved, *vars(topology).values(), *weights))),
     )
 
 

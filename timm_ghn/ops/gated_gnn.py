@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from timm_ghn.ops import portable
+from timm_ghn.ops import native, portable
 from timm_ghn.ops.portable import Weights
 from timm_ghn.ops.topology import Topology
 
@@ -70,7 +71,8 @@ def gated_gnn(
     _check(h, topology, weights)
     # A compiler wants the op itself, and torch.func the autograd function around it.
     op = torch.ops.timm_ghn.gated_gnn if torch.compiler.is_compiling() else _Traversal.apply
-    out, _ = op(h, *(getattr(topology, name) for name in _TOPOLOGY), *weights)
+    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (h, *weights))
+    out, _ = op(native.wanted(differentiated), h, *(getattr(topology, name) for name in _TOPOLOGY), *weights)
     return out
 
 
@@ -105,22 +107,31 @@ def _unpack(arguments: tuple[Tensor, ...]) -> tuple[Topology, Weights]:
     return Topology(*arguments[: len(_TOPOLOGY)]), Weights(*arguments[len(_TOPOLOGY) :])
 
 
-def _forward(h: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor]:
-    return portable.forward(h, *_unpack(arguments))
+def _forward(compiled: bool, h: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor]:
+    topology, weights = _unpack(arguments)
+    return _native_or_portable(compiled, h, weights).forward(h, topology, weights)
 
 
-def _backward(grad: Tensor, out: Tensor, saved: Tensor, *arguments: Tensor) -> list[Tensor]:
-    return portable.backward(grad, out, saved, *_unpack(arguments))
+def _backward(compiled: bool, grad: Tensor, out: Tensor, saved: Tensor, *arguments: Tensor) -> list[Tensor]:
+    topology, weights = _unpack(arguments)
+    return _native_or_portable(compiled, out, weights).backward(grad, out, saved, topology, weights)
+
+
+def _native_or_portable(compiled: bool, h: Tensor, weights: Weights) -> ModuleType:
+    return native if compiled and h.is_cpu and native.can_compute(h, weights) else portable
 
 
 _forward_op = torch.library.custom_op(
-    "timm_ghn::gated_gnn", _forward, mutates_args=(), schema=f"(Tensor h, {_ARGUMENTS}) -> (Tensor, Tensor)"
+    "timm_ghn::gated_gnn",
+    _forward,
+    mutates_args=(),
+    schema=f"(bool compiled, Tensor h, {_ARGUMENTS}) -> (Tensor, Tensor)",
 )
 _backward_op = torch.library.custom_op(
     "timm_ghn::gated_gnn_backward",
     _backward,
     mutates_args=(),
-    schema=f"(Tensor grad, Tensor out, Tensor saved, {_ARGUMENTS}) -> Tensor[]",
+    schema=f"(bool compiled, Tensor grad, Tensor out, Tensor saved, {_ARGUMENTS}) -> Tensor[]",
 )
 
 
@@ -149,30 +160,31 @@ _fused_works = True
 
 
 @_forward_op.register_kernel("cuda")
-def _(h: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor]:
+def _(compiled: bool, h: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor]:
     result: tuple[Tensor, Tensor] = _fused_or_portable("forward", h, *_unpack(arguments))
     return result
 
 
 @_backward_op.register_kernel("cuda")
-def _(grad: Tensor, out: Tensor, saved: Tensor, *arguments: Tensor) -> list[Tensor]:
+def _(compiled: bool, grad: Tensor, out: Tensor, saved: Tensor, *arguments: Tensor) -> list[Tensor]:
     result: list[Tensor] = _fused_or_portable("backward", grad, out, saved, *_unpack(arguments))
     return result
 
 
 @_forward_op.register_fake
-def _(h: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor]:
+def _(compiled: bool, h: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor]:
     return h.new_empty(h.shape), portable.empty_sweeps(h)
 
 
 @_backward_op.register_fake
-def _(grad: Tensor, out: Tensor, saved: Tensor, *arguments: Tensor) -> list[Tensor]:
+def _(compiled: bool, grad: Tensor, out: Tensor, saved: Tensor, *arguments: Tensor) -> list[Tensor]:
     _, weights = _unpack(arguments)
     return [out.new_empty(x.shape) for x in (out, *weights)]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*output, *inputs[1:])
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.compiled, _, *arguments = inputs
+    ctx.save_for_backward(*output, *arguments)
     ctx.set_materialize_grads(False)
 
 
@@ -180,9 +192,9 @@ def _differentiate(
     ctx: Any, grad: Tensor | None, _: None, op: Callable[..., Sequence[Tensor]] = _backward_op
 ) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * (1 + len(_TOPOLOGY) + len(Weights._fields))
-    by_h, *by_weights = op(grad, *ctx.saved_tensors)
-    return by_h, *(None for _ in _TOPOLOGY), *by_weights
+        return (None,) * (2 + len(_TOPOLOGY) + len(Weights._fields))
+    by_h, *by_weights = op(ctx.compiled, grad, *ctx.saved_tensors)
+    return None, by_h, *(None for _ in _TOPOLOGY), *by_weights
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_setup_context)
@@ -195,7 +207,7 @@ class _Traversal(torch.autograd.Function):
     """The op once more, in the form that the transforms of `torch.func` ask for and registration does not give."""
 
     @staticmethod
-    def forward(*args: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
         result: tuple[Tensor, Tensor] = torch.ops.timm_ghn.gated_gnn(*args)
         return result
 
@@ -210,7 +222,7 @@ class _TraversalBackward(torch.autograd.Function):
     """`torch.func` records the backward pass too, although its derivative is not to be had."""
 
     @staticmethod
-    def forward(*args: Tensor) -> tuple[Tensor, ...]:
+    def forward(*args: Any) -> tuple[Tensor, ...]:
         return tuple(torch.ops.timm_ghn.gated_gnn_backward(*args))
 
     @staticmethod
