@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from timm_ghn.graph.shortest_paths import MAX_DISTANCE
+
+Array = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -70,46 +74,43 @@ class Topology:
         if any(size < 0 for size in sizes):
             raise ValueError(f"graph sizes are {list(sizes)}; a graph cannot have fewer than 0 nodes.")
 
-        device, edges = edges.device, edges.to("cpu", torch.int64)
-        graph_sizes = torch.tensor(list(sizes), dtype=torch.int64)
-        nodes = int(graph_sizes.sum())
-        graph_of = torch.repeat_interleave(graph_sizes)
-        _check_edges(edges, graph_of)
-        source, target, distance = edges[edges[:, 2] <= MAX_DISTANCE].unbind(1)
+        graph_sizes = np.array(sizes, dtype=np.int64)
+        nodes, width = int(graph_sizes.sum()), int(graph_sizes.max(initial=0))
+        graph_of = np.repeat(np.arange(len(graph_sizes)), graph_sizes)
+        rows = np.ascontiguousarray(edges.cpu().numpy().T, dtype=np.int64)
+        source, target, distance = rows
+        _check_edges(source, target, distance, graph_of)
+        if distance.max(initial=0) > MAX_DISTANCE:
+            source, target, distance = rows = rows[:, distance <= MAX_DISTANCE]
 
-        level = _levels(source[distance == 1], target[distance == 1], nodes)
-        flat = level[source] >= level[target]
-        if flat.any():
-            u, v, s = (int(x[flat][0]) for x in (source, target, distance))
+        real = distance == 1
+        level = _levels(source[real], target[real], nodes)
+        if (flat := level[source] >= level[target]).any():
+            u, v, s = rows[:, flat][:, 0]
             raise ValueError(f"edge {u} -> {v} has distance {s}, but no path of edges of distance 1 leads there.")
 
-        order = torch.argsort(level, stable=True)
-        position = torch.empty_like(order)
-        position[order] = torch.arange(nodes)
-        source, target, real = 2 * position[source], 2 * position[target], distance == 1
-        source = torch.cat((source[real], source + 1))
-        target = torch.cat((target[real], target + 1))
-        distance = torch.cat((distance[real], distance))
-        in_ptr, in_index, in_distance = _compress(target, source, distance, nodes)
-        out_ptr, out_index, out_distance = _compress(source, target, distance, nodes)
+        order = np.argsort(level, kind="stable")
+        position = np.empty_like(order)
+        position[order] = np.arange(nodes)
+        start = _pointers(graph_sizes)[graph_of]  # of the graph of each node
+        lists = [
+            _compress(position[row], column - start[column], distance, width, start[order], position)
+            for row, column in ((target, source), (source, target))
+        ]
 
-        _, counts = torch.unique_consecutive(level[order] * len(graph_sizes) + graph_of[order], return_counts=True)
-        groups = torch.stack((counts.cumsum(0) - counts, counts.cumsum(0)), 1)
-        graph_of_group, by_graph = torch.sort(graph_of[order][groups[:, 0]], stable=True)
-
-        topology = cls(
-            order=order,
-            level_ptr=_pointers(torch.bincount(level)),
-            groups=groups[by_graph],
-            graph_ptr=_pointers(torch.bincount(graph_of_group, minlength=len(graph_sizes))),
-            in_ptr=in_ptr,
-            in_index=in_index,
-            in_distance=in_distance,
-            out_ptr=out_ptr,
-            out_index=out_index,
-            out_distance=out_distance,
+        share = level[order] * len(graph_sizes) + graph_of[order]
+        bounds = np.flatnonzero(np.diff(share, prepend=-1, append=-1))
+        graph_of_group = graph_of[order[bounds[:-1]]]
+        groups = np.stack((bounds[:-1], bounds[1:]), 1)[np.argsort(graph_of_group, kind="stable")]
+        arrays = (
+            order,
+            _pointers(np.bincount(level)),
+            groups,
+            _pointers(np.bincount(graph_of_group, minlength=len(graph_sizes))),
+            *lists[0],
+            *lists[1],
         )
-        return topology.to(device)
+        return cls(*map(torch.from_numpy, arrays)).to(edges.device)
 
     @property
     def num_nodes(self) -> int:
@@ -122,42 +123,61 @@ class Topology:
         return Topology(**{**moved, "level_ptr": self.level_ptr})
 
 
-def _check_edges(edges: Tensor, graph_of: Tensor) -> None:
+def _check_edges(source: Array, target: Array, distance: Array, graph_of: Array) -> None:
     """Raises ValueError for the first edge that cannot be one, and says why."""
-    source, target, distance = edges.unbind(1)
     nodes = len(graph_of)
-    outside = ((edges[:, :2] < 0) | (edges[:, :2] >= nodes)).any(1)
     for wrong, reason in (
-        (outside, f"names a node outside 0...{nodes - 1}"),
+        ((source < 0) | (target < 0) | (source >= nodes) | (target >= nodes), f"names a node outside 0...{nodes - 1}"),
         (source >= target, "closes a cycle or is out of order: number the nodes so that sources precede targets"),
         (distance < 1, "has a distance below 1"),
     ):
         if wrong.any():
-            u, v, s = edges[wrong][0].tolist()
+            u, v, s = (x[wrong][0] for x in (source, target, distance))
             raise ValueError(f"edge {u} -> {v} (distance {s}) {reason}.")
     across = graph_of[source] != graph_of[target]
     if across.any():
-        u, v, _ = edges[across][0].tolist()
-        raise ValueError(f"edge {u} -> {v} joins graphs {int(graph_of[u])} and {int(graph_of[v])} of the batch.")
+        u, v = source[across][0], target[across][0]
+        raise ValueError(f"edge {u} -> {v} joins graphs {graph_of[u]} and {graph_of[v]} of the batch.")
 
 
-def _levels(source: Tensor, target: Tensor, nodes: int) -> Tensor:
+def _levels(source: Array, target: Array, nodes: int) -> Array:
     """Length of the longest path to each node."""
     level = [0] * nodes
-    by_target = torch.argsort(target)
+    by_target = np.argsort(target, kind="stable")
     for u, v in zip(source[by_target].tolist(), target[by_target].tolist(), strict=True):
         level[v] = max(level[v], level[u] + 1)
-    return torch.tensor(level, dtype=torch.int64)
+    return np.array(level, dtype=np.int64)
 
 
-def _pointers(counts: Tensor) -> Tensor:
+def _pointers(counts: Array) -> Array:
     """Where each of consecutive runs starts, and the end of the last."""
-    return torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+    return np.concatenate(([0], counts.cumsum()))
 
 
-def _compress(row: Tensor, column: Tensor, distance: Tensor, nodes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Compressed rows, columns ascending in each."""
-    key, by_key = torch.sort(row * (2 * nodes) + column)
-    if (key[1:] == key[:-1]).any():
+def _compress(
+    row: Array, column: Array, distance: Array, width: int, start: Array, position: Array
+) -> tuple[Array, Array, Array]:
+    """Lists for both rows of each position: where they start, the rows of the message table that they name, distances.
+
+    Goes through a table of bytes, which is filled and read in a fraction of the time that sorting takes.
+
+    Args:
+        row: [E] a position.
+        column: [E] a node, counted from the first of its graph.
+        distance: [E], at most `MAX_DISTANCE`.
+        width: nodes of the largest graph.
+        start: [N] the first node of the graph of each position.
+        position: [N] of each node.
+    """
+    table = np.zeros((len(start), 2, width), np.uint8)
+    table.reshape(-1)[row * (2 * width) + (column + width)] = distance.astype(np.uint8)
+    table[:, 0] = table[:, 1] == 1
+    entries = np.flatnonzero(table != 0)
+    ptr = np.searchsorted(entries, np.arange(2 * len(start) + 1) * width)
+    counts = np.diff(ptr)
+    if counts[1::2].sum() < len(row):
         raise ValueError("the edges name a pair of nodes more than once; keep the shortest distance of each pair.")
-    return _pointers(torch.bincount(row, minlength=2 * nodes)), column[by_key], distance[by_key]
+    first_node = np.repeat(start, 2) - np.arange(len(counts)) * width
+    virtual = np.repeat(np.arange(len(counts)) % 2, counts)
+    index = 2 * position[entries + np.repeat(first_node, counts)] + virtual
+    return ptr, index, table.reshape(-1)[entries].astype(np.int64)
