@@ -1,10 +1,15 @@
 """How fast the graph layer is: GHN-2's message passing and GHN-3's attention, against their plain references.
 
-Prints a table, and writes JSON and a picture. Every time is the best of several runs; the reference, which takes
+Message passing is compared with two others. The reference goes from edge to edge; nobody would use it. The node loop is
+what one would write without this layer: a message is computed once for each node, and a node's messages add up in one
+product. The layer itself is measured without a compiler (`TIMM_GHN_COMPILE=0`) and with one, and as it is of no use
+without the topology, which the node loop makes for itself, speed-ups over the node loop count that too.
+
+Prints tables, and writes JSON and a picture. Every time is the median of several runs; the reference, which takes
 seconds, runs once, and backward not at all on graphs with more edges than `--reference-edges`. On the CPU one thread
 computes, and its own time counts, so that a busy machine does not. A graph's floor is what the machine could do at
-best: the arithmetic and the memory traffic at measured rates, plus four products for each level of the graph, which
-must wait for one another.
+best: the arithmetic, and reading edges and states from memory once a sweep, at measured rates; on a GPU also a wait for
+each level of the graph.
 """
 
 from __future__ import annotations
@@ -12,7 +17,9 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
+import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -39,9 +46,8 @@ from timm_ghn.training.architectures import architecture
 MODELS = (
     "resnet18",
     "resnet50",
+    "efficientnet_b0",
     "cait_xxs36_224",
-    "hrnet_w48",
-    "efficientnet_b7",
     "vit_tiny_patch16_224:depth=153",
 )
 NOT_MEASURED = "not measured"
@@ -52,7 +58,7 @@ GPU_LEVEL_SECONDS = 1e-6
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=list(MODELS), help="timm models, as NAME or NAME:depth=BLOCKS")
-    parser.add_argument("--batches", nargs="*", type=int, default=[8, 64], help="batches of so many training graphs")
+    parser.add_argument("--batches", nargs="*", type=int, default=[4, 64], help="batches of so many training graphs")
     parser.add_argument("--dim", type=int, default=32, help="width of GHN-2's states (default: %(default)s)")
     parser.add_argument(
         "--attention-dim",
@@ -62,7 +68,7 @@ def main() -> None:
         "default those of the smallest released GHN-3 (%(default)s)",
     )
     parser.add_argument("--heads", type=int, default=8, help="(default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=10, help="runs to take the best of (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=10, help="runs to take the median of (default: %(default)s)")
     parser.add_argument(
         "--reference-edges",
         type=int,
@@ -80,7 +86,7 @@ def main() -> None:
     for count in arguments.batches:
         indices = tqdm(range(count), desc=f"tracing {count} training graphs")
         graphs[f"{count} training graphs"] = [training_graph(index) for index in indices]
-    rates = {device: machine_rates(device, arguments.dim) for device in devices}
+    rates = {device: machine_rates(device) for device in devices}
     rows = []
     for name, batch in (progress := tqdm(graphs.items(), desc="measuring")):
         progress.set_postfix_str(name)
@@ -130,7 +136,6 @@ def measure_graph(
     d, sizes = arguments.dim, [nodes for _, nodes in batch]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     edges = torch.cat([e + torch.tensor([start, start, 0]) for (e, _), start in zip(batch, starts, strict=True)])
-    started = time.process_time()
     topology = Topology.from_edges(edges, sizes)
     row: dict[str, Any] = {
         "name": name,
@@ -138,7 +143,7 @@ def measure_graph(
         "nodes": sum(sizes),
         "edges": len(edges),
         "levels": len(topology.level_ptr) - 1,
-        "topology_seconds": time.process_time() - started,
+        "topology_seconds": median_time(lambda: Topology.from_edges(edges, sizes), "cpu", arguments.repeats),
         "gated_gnn": {device: {} for device in devices},
         "attention": {device: {} for device in devices},
     }
@@ -148,9 +153,20 @@ def measure_graph(
     for device in devices:
         there = topology.to(device)
         times = row["gated_gnn"][device]
-        times["layer"] = both_times(
-            lambda h, *w, there=there: gated_gnn(h, there, *w), [states, *weights], device, arguments.repeats
-        )
+        for key, switch in (("layer", "1"), ("portable", "0")) if device == "cpu" else (("layer", "1"),):
+            os.environ["TIMM_GHN_COMPILE"] = switch
+            times[key] = both_times(
+                lambda h, *w, there=there: gated_gnn(h, there, *w), [states, *weights], device, arguments.repeats
+            )
+        if device == "cpu":
+            times["node loop"] = both_times(
+                lambda h, *w: torch.cat(
+                    [node_loop(states, e, *w) for states, (e, _) in zip(h.split(sizes), batch, strict=True)]
+                ),
+                [states, *weights],
+                device,
+                max(1, arguments.repeats // 3),
+            )
         times["reference"] = both_times(
             lambda h, *w: gated_gnn_reference(h, edges, *w),
             [states, *weights],
@@ -162,6 +178,24 @@ def measure_graph(
     if len(batch) == 1:
         measure_attention(row, edges, sizes[0], devices, arguments, generator)
     return row
+
+
+def node_loop(h: Tensor, edges: Tensor, *weights: Tensor) -> Tensor:
+    """A graph's message passing, node by node: [N, d] states to updated ones."""
+    w0, b0, w2, b2, ve_w0, ve_b0, ve_w2, ve_b2, *gru = weights
+    source, target, distance = edges.unbind(1)
+    virtual = h.new_zeros(len(h), len(h))
+    virtual[target, source] = 1 / distance.to(h.dtype)
+    real = (virtual == 1).to(h.dtype)
+    states, nodes = list(h.unbind()), range(len(h))
+    for sweep, by_real, by_virtual in ((nodes, real, virtual), (reversed(nodes), real.T, virtual.T)):
+        sent, sent_far = torch.zeros_like(h), torch.zeros_like(h)
+        for v in sweep:
+            message = by_real[v] @ sent + by_virtual[v] @ sent_far
+            states[v] = torch.gru_cell(message[None], states[v][None], *gru)[0]
+            sent[v] = F.linear(F.linear(states[v], w0, b0).relu(), w2, b2).relu()
+            sent_far[v] = F.linear(F.linear(states[v], ve_w0, ve_b0).relu(), ve_w2, ve_b2).relu()
+    return torch.stack(states)
 
 
 def measure_attention(
@@ -230,13 +264,13 @@ def both_times(
         torch.autograd.grad(function(*leaves).sum(), leaves, allow_unused=True)
 
     return {
-        "forward": best_time(forward, device, repeats),
-        "both": best_time(both, device, repeats) if backward else None,
+        "forward": median_time(forward, device, repeats),
+        "both": median_time(both, device, repeats) if backward else None,
     }
 
 
-def best_time(function: Callable[[], None], device: str, repeats: int) -> float:
-    """Seconds of the fastest run; a run to warm up comes first, unless there is only one."""
+def median_time(function: Callable[[], None], device: str, repeats: int) -> float:
+    """Median seconds of a run; a run to warm up comes first, unless there is only one."""
 
     def now() -> float:
         if device == "cpu":
@@ -249,35 +283,26 @@ def best_time(function: Callable[[], None], device: str, repeats: int) -> float:
         started = now()
         function()
         times.append(now() - started)
-    return min(times[repeats > 1 :])
+    return statistics.median(times[repeats > 1 :])
 
 
-def machine_rates(device: str, d: int) -> dict[str, float]:
-    """Flops and bytes per second, and seconds of the shortest product that another one must wait for."""
+def machine_rates(device: str) -> dict[str, float]:
+    """Flops and bytes per second."""
     big, out = torch.randn(1024, 1024, device=device), torch.empty(1024, 1024, device=device)
-    flops = 2 * 1024**3 / best_time(lambda: torch.mm(big, big, out=out), device, 10)
+    flops = 2 * 1024**3 / median_time(lambda: torch.mm(big, big, out=out), device, 10)
     source = torch.randn(1 << 24, device=device)
     target = torch.empty_like(source)
-    bandwidth = 2 * source.nbytes / best_time(lambda: target.copy_(source), device, 10)
-    if device == "cuda":
-        return {"flops": flops, "bandwidth": bandwidth, "product": GPU_LEVEL_SECONDS / 4}
-    state, matrix = torch.randn(1, d), torch.randn(d, d)
-    result = torch.empty(1, d)
-
-    def products() -> None:
-        for _ in range(1000):
-            torch.mm(state, matrix, out=result)
-
-    return {"flops": flops, "bandwidth": bandwidth, "product": best_time(products, device, 10) / 1000}
+    bandwidth = 2 * source.nbytes / median_time(lambda: target.copy_(source), device, 10)
+    return {"flops": flops, "bandwidth": bandwidth}
 
 
 def floor(row: dict[str, Any], entries: int, d: int, device: str, rates: dict[str, float]) -> dict[str, float]:
     """What the machine could do at best: see the module's description. A backward pass costs two forward passes."""
     weights = sum(w.numel() for w in layer_weights(d, torch.Generator()))
     flops = 2 * (2 * weights * row["nodes"] + 2 * d * entries)
-    traffic = 2 * (4 * d * (entries + 5 * row["nodes"]) + 16 * entries)
+    traffic = 2 * (4 * d * 5 * row["nodes"] + 16 * entries)
     work = flops / rates["flops"] + traffic / rates["bandwidth"]
-    latency = 2 * row["levels"] * 4 * rates["product"]
+    latency = 2 * row["levels"] * GPU_LEVEL_SECONDS if device == "cuda" else 0.0
     return {"forward": work + latency, "both": 3 * work + 2 * latency}
 
 
@@ -301,20 +326,30 @@ def milliseconds(seconds: float | None) -> str:
 
 
 def ratio(slow: float | None, fast: float | None) -> str:
-    return NOT_MEASURED if slow is None or fast is None else f"{slow / fast:,.0f}×"
+    return NOT_MEASURED if slow is None or fast is None else f"{slow / fast:,.{0 if slow > 10 * fast else 1}f}×"
+
+
+def with_topology(seconds: float | None, row: dict[str, Any]) -> float | None:
+    return None if seconds is None else seconds + row["topology_seconds"]
 
 
 def layer_table(title: str, key: str, rows: list[dict[str, Any]]) -> Table:
     table = Table(title=title)
     table.add_column("graph")
-    columns = "nodes edges levels|reference|CPU|speed-up|CPU floor|reference on GPU|CUDA|speed-up|CUDA floor"
-    for column in columns.replace(" edges levels", "|edges|levels").split("|"):
+    columns = "nodes|edges|levels|reference|node loop|topology|portable|speed-up|compiled|speed-up|floor"
+    if "cuda" in rows[0]["gated_gnn"]:
+        columns += "|reference on GPU|CUDA|speed-up|CUDA floor"
+    for column in columns.split("|"):
         table.add_column(column, justify="right")
     for row in rows:
         cells = [f"{row[x]:,}" for x in ("nodes", "edges", "levels")]
-        for device in ("cpu", "cuda"):
-            times = row["gated_gnn"].get(device)
-            reference, layer, least = ((times[x][key] if times else None) for x in ("reference", "layer", "floor"))
+        times = {kind: seconds[key] for kind, seconds in row["gated_gnn"]["cpu"].items()}
+        cells += [milliseconds(x) for x in (times["reference"], times["node loop"], row["topology_seconds"])]
+        for kind in ("portable", "layer"):
+            cells += [milliseconds(times[kind]), ratio(times["node loop"], with_topology(times[kind], row))]
+        cells.append(milliseconds(times["floor"]))
+        if "cuda" in row["gated_gnn"]:
+            reference, layer, least = (row["gated_gnn"]["cuda"][x][key] for x in ("reference", "layer", "floor"))
             cells += [milliseconds(reference), milliseconds(layer), ratio(reference, layer), milliseconds(least)]
         table.add_row(row["name"], *cells)
     return table
@@ -348,7 +383,13 @@ def draw(rows: list[dict[str, Any]], caption: str, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    series = [("reference", "cpu", "reference"), ("CPU", "cpu", "layer"), ("CPU floor", "cpu", "floor")]
+    series = [
+        ("reference", "cpu", "reference"),
+        ("node loop", "cpu", "node loop"),
+        ("portable", "cpu", "portable"),
+        ("compiled", "cpu", "layer"),
+        ("CPU floor", "cpu", "floor"),
+    ]
     if "cuda" in rows[0]["gated_gnn"]:
         series += [
             ("reference on GPU", "cuda", "reference"),
