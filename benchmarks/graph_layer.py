@@ -188,7 +188,8 @@ def node_loop(h: Tensor, edges: Tensor, *weights: Tensor) -> Tensor:
     virtual[target, source] = 1 / distance.to(h.dtype)
     real = (virtual == 1).to(h.dtype)
     states, nodes = list(h.unbind()), range(len(h))
-    for sweep, by_real, by_virtual in ((nodes, real, virtual), (reversed(nodes), real.T, virtual.T)):
+    back = real.T.contiguous(), virtual.T.contiguous()
+    for sweep, by_real, by_virtual in ((nodes, real, virtual), (reversed(nodes), *back)):
         sent, sent_far = torch.zeros_like(h), torch.zeros_like(h)
         for v in sweep:
             message = by_real[v] @ sent + by_virtual[v] @ sent_far
