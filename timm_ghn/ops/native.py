@@ -144,7 +144,9 @@ def _load(d: int, hidden: int) -> ctypes.CDLL:
         )
         library = ctypes.CDLL(str(file))
         if folder:
-            with contextlib.suppress(OSError):
+            # Whole or not at all, even if the power fails: half a library would crash whoever calls it.
+            with contextlib.suppress(OSError), file.open("rb+") as stream:
+                os.fsync(stream.fileno())
                 os.replace(file, folder / name)
     return library
 
