@@ -48,7 +48,6 @@ MODELS = (
     "resnet50",
     "efficientnet_b0",
     "cait_xxs36_224",
-    "vit_tiny_patch16_224:depth=153",
 )
 NOT_MEASURED = "not measured"
 GPU_LEVEL_SECONDS = 1e-6
@@ -58,7 +57,7 @@ GPU_LEVEL_SECONDS = 1e-6
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=list(MODELS), help="timm models, as NAME or NAME:depth=BLOCKS")
-    parser.add_argument("--batches", nargs="*", type=int, default=[4, 64], help="batches of so many training graphs")
+    parser.add_argument("--batches", nargs="*", type=int, default=[4, 16], help="batches of so many training graphs")
     parser.add_argument("--dim", type=int, default=32, help="width of GHN-2's states (default: %(default)s)")
     parser.add_argument(
         "--attention-dim",
