@@ -327,7 +327,7 @@ def _check(name: str, tensor: torch.Tensor, parameter: nn.Parameter) -> None:
         raise PredictionError(f"{name} has shape {tuple(parameter.shape)}, its prediction {tuple(tensor.shape)}.")
     if not torch.isfinite(tensor).all():
         raise PredictionError(f"The prediction for {name} is not finite; the GHN's weights are damaged or too large.")
-    if not torch.isfinite(tensor.to(parameter.dtype).to(tensor.dtype)).all():
+    if parameter.dtype != tensor.dtype and not torch.isfinite(tensor.to(parameter.dtype).to(tensor.dtype)).all():
         raise PredictionError(f"The prediction for {name} is too large for {parameter.dtype}; use a wider type.")
 
 
