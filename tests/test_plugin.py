@@ -163,6 +163,17 @@ def test_ghn_kwargs_reach_initialize(head: str) -> None:
     assert ("fc.weight" in predict(model, TAG, head)) == (head == "predict")
 
 
+def test_all_that_initialize_takes_reaches_it() -> None:
+    """Example inputs of another size than the cfg's give what that size as `input_size` gives."""
+    by_size = create_model(MODEL, pretrained_cfg=TAG, num_classes=10, ghn_kwargs={"input_size": 96, "head": "predict"})
+    example = {"inputs": torch.zeros(1, 3, 96, 96), "head": "predict"}
+    by_inputs = create_model(MODEL, pretrained_cfg=TAG, num_classes=10, ghn_kwargs=example)
+    for name, parameter in by_inputs.named_parameters():
+        assert torch.equal(parameter, by_size.get_parameter(name)), name
+    with pytest.raises(ValueError, match="Pass input_size or inputs, not both"):
+        create_model(MODEL, pretrained_cfg=TAG, ghn_kwargs={**example, "input_size": 96})
+
+
 def test_ghn_kwargs_are_checked() -> None:
     with pytest.raises(ValueError, match="head is 'nonsense'"):
         create_model(MODEL, pretrained_cfg=TAG, ghn_kwargs={"head": "nonsense"})

@@ -378,7 +378,7 @@ def network(family: str) -> Architecture:
     return architecture("timm", "train", 3, families=[family], image_size=32)
 
 
-@pytest.mark.parametrize("family", ["bottleneck", "mobilenetv2", "convnext", "vit", "swin"])
+@pytest.mark.parametrize("family", ["bottleneck", "mobilenetv2", "convnext", "vit", "swin", "repvgg"])
 def test_a_task_computes_what_its_network_does(family: str) -> None:
     """With the network's own parameters, a task is that network; whatever no GHN predicts is among its fixed values."""
     prepared = prepare(network(family), 5, 32)

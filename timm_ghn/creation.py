@@ -131,6 +131,7 @@ def create_predicted(
     head: str = "auto",
     input_size: int | tuple[int, ...] | None = None,
     finetune: str | None = None,
+    inputs: Any = None,
 ) -> tuple[nn.Module, Report]:
     """Builds a model and predicts its parameters, in less time than filling them at random would take.
 
@@ -140,12 +141,13 @@ def create_predicted(
         head: As for `timm_ghn.predict`.
         input_size: As for `timm_ghn.predict`.
         finetune: As for `timm_ghn.predict`.
+        inputs: As for `timm_ghn.predict`.
 
     Returns:
         The model and the report of its prediction. If anything goes wrong there is no model, only the error.
     """
     check_preparation(finetune)
-    model, prediction = build_unwritten(build, ghn, head, input_size)
+    model, prediction = build_unwritten(build, ghn, head, input_size, inputs)
     if finetune is not None:
         prediction = prepare(model, prediction, finetune)
     write(model, prediction)
@@ -157,6 +159,7 @@ def build_unwritten(
     ghn: GHN,
     head: str = "auto",
     input_size: int | tuple[int, ...] | None = None,
+    inputs: Any = None,
 ) -> tuple[nn.Module, Prediction]:
     """`create_predicted` without its last step: predicted parameters are memory that nobody has written or touched."""
     check_head(head)
@@ -168,7 +171,8 @@ def build_unwritten(
         built = time.perf_counter()
         parameters = dict(model.named_parameters())
         with plain_torch():  # the model is what its maker wants; the prediction is not theirs to change
-            graph = _graph(model, input_size)
+            # What the graphs in the cache were traced on is a size.
+            graph = _graph(model, input_size) if inputs is None else trace(model, input_size, inputs)
             traced = time.perf_counter()
             prediction = predict_from_graph(model, graph, ghn, head, fills.is_zero)
         fills.forget(parameters[name] for name in prediction)

@@ -80,7 +80,7 @@ class Task:
             module.track_running_stats = False
             module.running_mean = module.running_var = module.num_batches_tracked = None
         for child in self.module.modules():
-            if isinstance(child, nn.Conv2d) and child.in_channels < 8 and child.kernel_size == (1, 1):
+            if isinstance(child, nn.Conv2d) and child.in_channels < 8 and _skips_positions(child):
                 _subsample_first(child)
         self.shapes = {name: parameter.shape for name, parameter in self.module.named_parameters()}
 
@@ -117,6 +117,11 @@ class _SlowInBfloat16(TorchFunctionMode):
         with torch.autocast("cpu", enabled=False):
             args = [arg.float() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args]
             return func(*args, **kwargs).bfloat16()
+
+
+def _skips_positions(convolution: nn.Conv2d) -> bool:
+    """Whether a convolution is pointwise and strided, without padding whose positions would count."""
+    return convolution.kernel_size == (1, 1) != convolution.stride and convolution.padding == (0, 0)
 
 
 def _subsample_first(convolution: nn.Conv2d) -> None:
