@@ -247,6 +247,7 @@ def compare(arguments: argparse.Namespace) -> None:
         result.add_row(f"{source}'s kind", f"{earlier:.1f}", f"{now:.1f}", f"{earlier / now:.2f}×")
     Console(width=110).print(result)
     report = {"machine": machine(), "against": arguments.against, "seconds": times}
+    arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "training_step_against.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
