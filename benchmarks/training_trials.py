@@ -33,6 +33,7 @@ from timm_ghn.training.architectures import families
 from timm_ghn.training.config import TrainConfig
 from timm_ghn.training.data import load_dataset
 from timm_ghn.training.pool import Schedule, TaskPool
+from timm_ghn.training.teacher import soft_labels
 from timm_ghn.training.trainer import Trainer
 
 BEFORE: dict[str, Any] = {
@@ -44,18 +45,25 @@ TRIALS: dict[str, dict[str, Any]] = {
     "AdamW, each network clipped to 3": {**BEFORE, "lr": 2e-3, "network_clip": 3.0, "meta_batch": 4},
     "SOAP, each network clipped to 3": {},
     "SOAP, meta-batch 8, 32 images": {"meta_batch": 8, "batch_size": 32, "lr": 3e-3},
+    "SOAP, half of the loss from a teacher": {"teacher": 0.5},
+    "SOAP, all of the loss from a teacher": {"teacher": 1.0},
+    "SOAP, no label smoothing": {"label_smoothing": 0.0},
+    "SOAP, images of 32, 48 and 64 pixels": {"image_sizes": [32, 32, 48, 64]},
     "SOAP, split attention": {"ghn": {"split_attention": True}},
     "SOAP, states of 64": {"ghn": {"hid": 64}},
+    "SOAP, tiles of 128": {"ghn": {"max_shape": [128, 128, 11, 11]}},
     "SOAP, GHN-3": {"ghn": {"hypernet": "graphormer", "layers": 3}},
     "SOAP, LoGAH": {"ghn": {"decoder": "lowrank", "max_shape": [1024, 1024, 11, 11], "rank": 32}},
 }  # fmt: skip
 
 
-def run(config: TrainConfig, init: str | None, train: Any, val: Any, seconds: float, label: str) -> dict[str, Any]:
+def run(
+    config: TrainConfig, init: str | None, train: Any, val: Any, teacher: Any, seconds: float, label: str
+) -> dict[str, Any]:
     """One trial: what it did in so many CPU seconds."""
     with tempfile.TemporaryDirectory() as folder:
         ghn = load_ghn(init) if init else None
-        trainer = Trainer(config, train, val, Path(folder), workers=1, init=ghn)
+        trainer = Trainer(config, train, val, Path(folder), workers=1, init=ghn, teacher=teacher)
         schedule = Schedule(config.architectures, config.seed, config.meta_batch, config.uses, config.spacing)
         size, classes = train.image_size, config.ghn.num_classes
         pool = TaskPool(schedule, trainer.lanes, 0, classes, size, torch.device("cpu"), workers=1)
@@ -113,7 +121,8 @@ def main() -> None:
         fields = {**common, **TRIALS[name]}
         fields["ghn"] = {"num_classes": train.num_classes, "branch_scale": 1.0, **fields.get("ghn", {})}
         config = TrainConfig.from_dict(fields)
-        result = run(config, arguments.init, train, val, arguments.seconds, name)
+        teacher = soft_labels(arguments.out, train, val) if config.teacher else None
+        result = run(config, arguments.init, train, val, teacher, arguments.seconds, name)
         rows.append({"name": name, "setting": told, "machine": machine(), **result})
         file.write_text(json.dumps({"trials": rows}, indent=1) + "\n")
 

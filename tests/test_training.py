@@ -467,6 +467,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert load_checkpoint(tmp_path / "run" / "checkpoints")[1]["step"] == 4
     exported = load_file(tmp_path / "run" / "model.safetensors")
     assert exported["embed.weight"].shape == (15, 8)
+    taught, cold = str(tmp_path / "taught"), str(tmp_path / "cold")
+    assert main([*arguments, *smaller, "--steps", "1", "--out", taught, "--teacher"]) == 0
+    assert load_checkpoint(tmp_path / "taught" / "checkpoints")[1]["config"]["teacher"] == 0.5
+    assert main([*arguments, "--workers", "0", "--steps", "1", "--out", cold, "--cooldown-from", taught]) == 0
+    labels = [load_file(tmp_path / name / "teacher.safetensors")["logits"] for name in ("taught", "cold")]
+    assert torch.equal(*labels)
     with pytest.raises(SystemExit):
         main([*arguments, "--architectures", "torchvision"])
     assert main(["train", "--data", str(tmp_path / "none.parquet"), "--steps", "1"]) == 1

@@ -30,6 +30,7 @@ from timm_ghn.training.checkpoint import TrainingError, load_checkpoint
 from timm_ghn.training.config import PRESETS, SCHEDULES, TrainConfig
 from timm_ghn.training.data import ImageDataset, load_dataset
 from timm_ghn.training.optimizers import OPTIMIZERS
+from timm_ghn.training.teacher import soft_labels
 from timm_ghn.training.trainer import Trainer
 
 logger = logging.getLogger("timm_ghn.training")
@@ -37,6 +38,7 @@ logger = logging.getLogger("timm_ghn.training")
 _GHN_ARGUMENTS = ("hypernet", "decoder", "hid", "layers", "heads", "rank", "max_shape", "split_attention")
 _RUN_ARGUMENTS = ("steps", "seed", "meta_batch", "batch_size", "optimizer", "lr", "schedule", "network_clip",
                   "eval_every", "val_architectures", "val_images", "bf16")  # fmt: skip
+_TEACHERS_SHARE = 0.5
 _BATCH = 250
 _CALIBRATION_BATCHES = 8
 
@@ -69,6 +71,10 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on from this run's checkpoint, its learning rate falling to 0 over --steps more or --minutes",
     )  # fmt: skip
     run.add_argument("--init", help="start from these weights: a tag, directory, .safetensors file or hf-hub:org/repo")
+    run.add_argument(
+        "--teacher", nargs="?", const="", metavar="RUN",
+        help="learn from the soft labels of a small network as well, which is trained first, or was for that run",
+    )  # fmt: skip
     run.add_argument("--minutes", type=positive, help="wall-clock budget; without --steps it also sets the pace")
     run.add_argument("--steps", type=integer(1), help="length of the run, which resumes exactly then")
     run.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
@@ -149,9 +155,17 @@ def train(args: argparse.Namespace) -> None:
         init = load_ghn(args.init) if args.init else None
         ghn = None if init is None else replace(init.config, images=None).to_dict()  # it may have seen others
         config = _config(args, data.num_classes, ghn, device)
+        teacher = None
+        if config.teacher:
+            if not first:
+                dist.barrier()  # until the first process has written them
+            source = Path(args.teacher) if args.teacher else args.cooldown_from
+            teacher = soft_labels(args.out, data, validation, device, source)
+            if first and dist.is_initialized():
+                dist.barrier()
         trainer = Trainer(
             config, data, validation, args.out, device=device, workers=args.workers, init=init, resume=args.resume,
-            cooldown_from=None if args.resume else args.cooldown_from,
+            cooldown_from=None if args.resume else args.cooldown_from, teacher=teacher,
         )  # fmt: skip
         result = trainer.run(args.minutes)
         logger.info(
@@ -181,6 +195,8 @@ def _config(
     fields.update({name: getattr(args, name) for name in _RUN_ARGUMENTS if getattr(args, name) is not None})
     if args.architectures:
         fields["architectures"] = args.architectures
+    if args.teacher is not None:
+        fields["teacher"] = fields.get("teacher") or _TEACHERS_SHARE
     fields["ghn"] = {"num_classes": num_classes, **(ghn or fields.get("ghn", {}))}
     fields["ghn"].update({name: getattr(args, name) for name in _GHN_ARGUMENTS if getattr(args, name) is not None})
     return TrainConfig.from_dict(fields)

@@ -37,6 +37,11 @@ class TrainConfig:
             in ten of those), and without it the largest alone decides the step.
         clip: Upper limit for the norm of the GHN's gradient.
         label_smoothing: Of the cross-entropy.
+        teacher: Share of the divergence from a teacher's labels in the loss, 0 for none, see `soft_labels`; the rest is
+            the cross-entropy's.
+        temperature: At which the divergence compares.
+        image_sizes: One of these is drawn for each network and step, and its images are brought to that size; empty
+            for the data set's own, which networks of one fixed size always get.
         penalty: Weight of the summed norms of the predicted parameters in the loss (arXiv 2303.04143, §3.3).
         ema: Decay of the averaged weights, which are what is validated and exported; 0 for none.
         uses: How often an architecture is trained on, see `Schedule`.
@@ -63,6 +68,9 @@ class TrainConfig:
     network_clip: float | None = 3.0
     clip: float = 5.0
     label_smoothing: float = 0.05
+    teacher: float = 0.0
+    temperature: float = 2.0
+    image_sizes: tuple[int, ...] = ()
     penalty: float = 0.0
     ema: float = 0.998
     uses: int = 6
@@ -80,7 +88,7 @@ class TrainConfig:
 
         for name in ("meta_batch", "batch_size", "uses", "spacing", "eval_every", "val_architectures", "val_images"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("lr", "clip", "network_clip"):
+        for name in ("lr", "clip", "network_clip", "temperature"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} is {value}; it must be above 0")
         require(self.steps is None or self.steps > 0, f"steps is {self.steps}; it must be at least 1, or null")
@@ -88,6 +96,9 @@ class TrainConfig:
             value = getattr(self, name)
             require(value in allowed, f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
         require(0 <= self.ema < 1, f"ema is {self.ema}; it must be from 0 to below 1")
+        require(0 <= self.teacher <= 1, f"teacher is {self.teacher}; it must be from 0 to 1")
+        sizes = self.image_sizes
+        require(all(size > 0 for size in sizes), f"image_sizes is {list(sizes)}; each must be at least 1")
         first = [share for share in self.architectures if share.from_step == 0 and share.weight > 0]
         require(bool(first), "no share of the architectures has a weight above 0 and starts at step 0")
 
@@ -95,7 +106,7 @@ class TrainConfig:
         """Plain types for JSON."""
         shares = [{**dataclasses.asdict(share), "families": list(share.families)} for share in self.architectures]
         plain = {**dataclasses.asdict(self), "ghn": self.ghn.to_dict(), "architectures": shares}
-        return {**plain, "betas": list(self.betas)}
+        return {**plain, "betas": list(self.betas), "image_sizes": list(self.image_sizes)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TrainConfig:
@@ -110,8 +121,8 @@ class TrainConfig:
             if "architectures" in data:
                 shares = ({**share, "families": tuple(share.get("families", ()))} for share in data["architectures"])
                 data["architectures"] = tuple(Share(**share) for share in shares)
-            if "betas" in data:
-                data["betas"] = tuple(data["betas"])
+            for name in {"betas", "image_sizes"} & data.keys():
+                data[name] = tuple(data[name])
             return cls(**data)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise TrainingError(f"This is not a training config ({error}); see TrainConfig for its fields.") from error

@@ -85,10 +85,14 @@ class ImageDataset:
         shift = torch.tensor(self.mean, device=images.device).view(3, 1, 1) * 255
         return (images.float() - shift) / scale, self.labels[rows]
 
-    def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """An augmented batch of rows drawn with replacement; `generator` alone decides which."""
+    def draw(self, batch_size: int, generator: torch.Generator) -> Tensor:
+        """Rows drawn with replacement, on the data set's device; `generator` alone decides which."""
         rows = torch.randint(len(self), (batch_size,), generator=generator, device=generator.device)
-        return self.batch(rows.to(self.images.device), generator)
+        return rows.to(self.images.device)
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """An augmented batch of rows drawn with replacement."""
+        return self.batch(self.draw(batch_size, generator), generator)
 
     def batches(self, batch_size: int, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """One pass over all rows: shuffled and augmented with a generator, in order and as they are without."""

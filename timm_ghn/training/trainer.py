@@ -30,6 +30,7 @@ from timm_ghn.training.optimizers import new_optimizer, optimizer_tensors, resto
 from timm_ghn.training.pool import Schedule, TaskPool, draw_architecture
 from timm_ghn.training.records import FAMILY_COLUMNS, Log, model_card, plot_curves
 from timm_ghn.training.task import Task, prepare
+from timm_ghn.training.teacher import distillation, fingerprint
 
 logger = logging.getLogger("timm_ghn.training")
 
@@ -82,6 +83,7 @@ class Trainer:
         init: Weights to start from.
         resume: Go on from the directory's checkpoint; without it, a directory that has one is refused.
         cooldown_from: Another run's directory, from whose checkpoint a new run goes on under another schedule.
+        teacher: A teacher's logits for the training images, [images, classes], see `soft_labels`.
 
     Raises:
         TrainingError: If the arguments do not fit each other or the directory's checkpoint.
@@ -99,6 +101,7 @@ class Trainer:
         init: GHN | None = None,
         resume: bool = False,
         cooldown_from: Path | None = None,
+        teacher: Tensor | None = None,
     ):
         self.config, self.directory, self.workers = config, directory, workers
         self.device = torch.device(device)
@@ -112,6 +115,12 @@ class Trainer:
         self.lanes = range(self.rank * lanes, (self.rank + 1) * lanes)
         _check_data(config, train, val)
         self.train, self.val = train.to(self.device), val.to(self.device)
+        if (teacher is None) != (config.teacher == 0):
+            raise TrainingError(
+                f"A teacher's share of the loss is {config.teacher:g}, but {'no' if teacher is None else 'its'} "
+                "labels are given; give both or neither."
+            )
+        self.teacher = None if teacher is None else teacher.to(self.device)
 
         self.ghn = new_ghn(config.ghn, config.seed)
         if init is not None:
@@ -182,10 +191,15 @@ class Trainer:
             # Each network's backward pass ends at what was predicted for it, so that only one network's activations
             # are in memory at a time. One pass through the GHN then takes all of them further.
             leaves = {name: tile.detach().requires_grad_() for name, tile in tiles.items() if name in task.shapes}
-            images, labels = self.train.sample(config.batch_size, self._generator(lane))
+            generator = self._generator(lane)
+            rows = self.train.draw(config.batch_size, generator)
+            images, labels = self.train.batch(rows, generator)
+            images = self._resized(images, task, generator)
             parameters = task.parameters(leaves)
             logits = task.logits(parameters, images, config.bf16)
             loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+            if self.teacher is not None:
+                loss = torch.lerp(loss, distillation(logits, self.teacher[rows], config.temperature), config.teacher)
             if config.penalty:
                 loss = loss + config.penalty * torch.stack(torch._foreach_norm(list(parameters.values()))).sum()
             loss.backward()
@@ -239,6 +253,16 @@ class Trainer:
         if self.device.type == "cuda":
             return torch.cuda.default_generators[self.device.index or 0]
         return torch.default_generator
+
+    def _resized(self, images: Tensor, task: Task, generator: torch.Generator) -> Tensor:
+        """The images at a size drawn for this network and step."""
+        if not self.config.image_sizes or task.architecture.fixed_size:
+            return images
+        drawn = torch.randint(len(self.config.image_sizes), (), generator=generator, device=generator.device)
+        size = self.config.image_sizes[int(drawn)]
+        if size == images.shape[-1]:
+            return images
+        return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True)
 
     def _count_skipped(self, networks: int) -> None:
         self.skipped = [step for step in (*self.skipped, *[self.step] * networks) if step > self.step - _SKIP_WINDOW]
@@ -381,7 +405,7 @@ class Trainer:
         }
         state = {
             "config": self.config.to_dict(),
-            "data": _fingerprint(self.train),
+            "data": fingerprint(self.train),
             **{name: getattr(self, name) for name in _STATE},
         }
         save_checkpoint(self.directory / "checkpoints", self.step, tensors, state)
@@ -399,7 +423,7 @@ class Trainer:
                         f"The run in {self.directory} has {name} = {saved[name]}, not {config[name]}; resume it under "
                         "its own config, or start another run from its weights."
                     )
-            if state["data"] != _fingerprint(self.train):
+            if state["data"] != fingerprint(self.train):
                 raise TrainingError(f"The run in {self.directory} trained on other images; give it the same data.")
             self.ghn.load_state_dict(tensors["ghn"])
             self.ema.load_state_dict(tensors["ema"])
@@ -479,11 +503,6 @@ def _check_data(config: TrainConfig, train: ImageDataset, val: ImageDataset) -> 
                 f"The {name} labels are {low} to {high}, those of {data.num_classes} classes 0 to "
                 f"{data.num_classes - 1}; correct the labels or the number of classes."
             )
-
-
-def _fingerprint(data: ImageDataset) -> dict[str, int]:
-    """Numbers that tell one data set from another."""
-    return {"images": len(data), "image_size": data.image_size, "pixels": int(data.images.sum(dtype=torch.int64))}
 
 
 @contextlib.contextmanager
