@@ -261,6 +261,9 @@ def test_networks_without_a_finite_gradient_are_left_out_counted_and_in_the_end_
     assert run.skipped == [1, 1, 2, 2] and run.step == 4
     assert all(value.isfinite().all() for value in weights(tmp_path).values())
     assert run.optimizer.state_dict()["state"][0]["step"] == 2
+    with (tmp_path / "families.csv").open() as file:
+        norms = [float(row[name]) for row in csv.DictReader(file) for name in ("norm_median", "norm_max") if row[name]]
+    assert math.inf in norms and not any(math.isnan(norm) for norm in norms)
     bad_steps.add(5)
     with pytest.raises(TrainingError, match=r"In the last 6 steps, 6 networks had no finite gradient"):
         run.run()

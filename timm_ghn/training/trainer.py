@@ -364,7 +364,9 @@ class Trainer:
             if own := [i for i, name in enumerate(self._val_families) if name == family]:
                 row |= {"val_networks": len(own), "val_mean": accuracies[own].mean().item()}
             if family in norms:
-                median, upper, largest = torch.tensor(norms[family]).quantile(torch.tensor([0.5, 0.9, 1.0])).tolist()
+                # A norm that is not finite is larger than any.
+                found = torch.tensor(norms[family]).nan_to_num(math.inf, math.inf)
+                median, upper, largest = found.quantile(torch.tensor([0.5, 0.9, 1.0]), interpolation="nearest").tolist()
                 row |= {"trained": len(norms[family]), "norm_median": median, "norm_90": upper, "norm_max": largest}
             yield row
 
