@@ -163,13 +163,13 @@ def _zoo(args: argparse.Namespace) -> None:
 
 
 def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    from .training.command import add_train_arguments
+    from .commands.train import add_train_arguments
 
     add_train_arguments(commands.add_parser("train", help="train a GHN on images, over random architectures"))
 
 
 def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    from .training.command import add_evaluate_arguments
+    from .commands.train import add_evaluate_arguments
 
     add_evaluate_arguments(commands.add_parser("evaluate", help="accuracy of predicted weights over architectures"))
 

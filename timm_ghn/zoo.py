@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from .assign import predict_from_graph, tile
 from .command_line import process_pool
+from .commands.train import has_bf16
 from .creation import DeferredFills, create_predicted
 from .errors import GHNError
 from .evaluation import calibrate
@@ -34,7 +35,6 @@ from .graph import trace
 from .graph.tape import input_candidates, output_tensors
 from .hub import load_ghn
 from .hypernet import GHN
-from .training.command import has_bf16
 from .training.data import load_dataset
 
 Row = dict[str, Any]
