@@ -53,7 +53,7 @@ from timm_ghn.command_line import (
     positive,
     process_pool,
 )
-from timm_ghn.evaluation import accuracy, calibrate, create_model
+from timm_ghn.evaluation.accuracy import accuracy, calibrate, create_model
 from timm_ghn.finetune import PREPARATIONS
 from timm_ghn.training.data import ImageDataset, load_dataset
 

@@ -175,7 +175,7 @@ def test_the_same_as_initialize(ghn: GHN) -> None:
 def test_importing_the_package_is_light() -> None:
     """What only a command, training or a picture needs is not imported with it."""
     code = "import sys, timm_ghn; print([name for name in sys.argv[1:] if name in sys.modules])"
-    heavy = ["rich", "matplotlib", "pyarrow", "joblib", "timm_ghn.training", "timm_ghn.cli", "timm_ghn.zoo"]
+    heavy = ["rich", "matplotlib", "pyarrow", "joblib", "timm_ghn.training", "timm_ghn.cli", "timm_ghn.evaluation.zoo"]
     root = Path(__file__).resolve().parents[1]
     process = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True, cwd=root)
     assert process.stdout == "[]\n", process.stderr

@@ -28,10 +28,10 @@ from .command_line import (
 )
 from .convert import convert_file
 from .errors import GHNError
+from .evaluation.verify import ARCHITECTURES, verify
 from .hub import hub_configs, list_ghns, load_ghn, resolve
 from .launch import launch
 from .publish import publish
-from .verify import ARCHITECTURES, verify
 
 console = Console()
 
@@ -140,7 +140,7 @@ def _add_zoo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 
 def _zoo(args: argparse.Namespace) -> None:
-    from . import zoo
+    from .evaluation import zoo
 
     names = timm.list_models(args.filter or "")
     found = zoo.sweep(names, args.ghn, args.output / "zoo.jsonl", args.workers, args.images)

@@ -21,9 +21,9 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
-from timm_ghn import evaluation
 from timm_ghn.command_line import architecture_names, device_name, integer, output_directory, positive, print_table
 from timm_ghn.errors import GHNError
+from timm_ghn.evaluation import accuracy as evaluation
 from timm_ghn.hub import load_ghn
 from timm_ghn.training.architectures import FAMILIES, SPLITS, architecture
 from timm_ghn.training.checkpoint import TrainingError, load_checkpoint

@@ -25,17 +25,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .assign import predict_from_graph, tile
-from .command_line import process_pool
-from .commands.train import has_bf16
-from .creation import DeferredFills, create_predicted
-from .errors import GHNError
-from .evaluation import calibrate
-from .graph import trace
-from .graph.tape import input_candidates, output_tensors
-from .hub import load_ghn
-from .hypernet import GHN
-from .training.data import load_dataset
+from ..assign import predict_from_graph, tile
+from ..command_line import process_pool
+from ..commands.train import has_bf16
+from ..creation import DeferredFills, create_predicted
+from ..errors import GHNError
+from ..graph import trace
+from ..graph.tape import input_candidates, output_tensors
+from ..hub import load_ghn
+from ..hypernet import GHN
+from ..training.data import load_dataset
+from .accuracy import calibrate
 
 Row = dict[str, Any]
 EXPECTED_FRACTION = 0.99

@@ -12,12 +12,13 @@ import timm
 import torch
 from PIL import Image
 
-from timm_ghn import GHN, cli, initialize, load_ghn, zoo
+from timm_ghn import GHN, cli, initialize, load_ghn
+from timm_ghn.evaluation import zoo
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 # The smallest two of each file, by number of parameters.
 SAMPLE = (DATA / "zoo_sample.txt").read_text().split()
-SUMMARY = json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / "zoo.json").read_text())
+SUMMARY = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "zoo.json").read_text())
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ import pytest
 import torch
 import torchvision
 
-from timm_ghn import verify as module
 from timm_ghn.cli import main
 from timm_ghn.errors import GHNError
-from timm_ghn.verify import ARCHITECTURES, verify
+from timm_ghn.evaluation import verify as module
+from timm_ghn.evaluation.verify import ARCHITECTURES, verify
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from timm_ghn.cli import main
-from timm_ghn.evaluation import Measured, accuracy, calibrate, create_model, rank, sgd, summarize
+from timm_ghn.evaluation.accuracy import Measured, accuracy, calibrate, create_model, rank, sgd, summarize
 from timm_ghn.hub import load_ghn
 from timm_ghn.training.data import ImageDataset
 
@@ -321,7 +321,7 @@ def test_an_evaluation_that_measured_nothing_has_failed(
     def build(*args: object, **options: object) -> nn.Module:
         raise RuntimeError("[/bold] is not for images of this size")  # what a terminal must not take for markup
 
-    monkeypatch.setattr("timm_ghn.evaluation.create_model", build)
+    monkeypatch.setattr("timm_ghn.evaluation.accuracy.create_model", build)
     ghn = save_ghn(tmp_path / "ghn.safetensors")
     arguments = ["evaluate", "--ghn", str(ghn), "--device", "cpu", "--out", str(tmp_path), "--source", "zoo"]
     assert main([*arguments, "--names", "test_resnet"]) == 1
