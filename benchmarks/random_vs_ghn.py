@@ -53,7 +53,8 @@ from timm_ghn.command_line import (
     positive,
     process_pool,
 )
-from timm_ghn.evaluation.accuracy import accuracy, calibrate, create_model
+from timm_ghn.evaluation.accuracy import accuracy, create_model
+from timm_ghn.evaluation.calibration import calibrate
 from timm_ghn.finetune import PREPARATIONS
 from timm_ghn.training.data import ImageDataset, load_dataset
 

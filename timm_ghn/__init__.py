@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from .assign import Prediction, Report, initialize, predict
 from .errors import CheckpointError, GHNError, PredictionError, TraceError
-from .evaluation.accuracy import calibrate, rank
+from .evaluation.calibration import calibrate
+from .evaluation.ranking import rank
 from .graph import ComputationGraph, trace
 from .hub import list_ghns, load_ghn, register
 from .hypernet import GHN, GHNConfig

@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from timm_ghn.cli import main
-from timm_ghn.evaluation.accuracy import Measured, accuracy, calibrate, create_model, rank, sgd, summarize
+from timm_ghn.evaluation.accuracy import Measured, accuracy, create_model, sgd, summarize
+from timm_ghn.evaluation.calibration import calibrate
+from timm_ghn.evaluation.ranking import rank
 from timm_ghn.hub import load_ghn
 from timm_ghn.training.data import ImageDataset
 

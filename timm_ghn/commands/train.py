@@ -24,6 +24,7 @@ from torch import nn
 from timm_ghn.command_line import architecture_names, device_name, integer, output_directory, positive, print_table
 from timm_ghn.errors import GHNError
 from timm_ghn.evaluation import accuracy as evaluation
+from timm_ghn.evaluation.pictures import plot_histogram
 from timm_ghn.hub import load_ghn
 from timm_ghn.training.architectures import FAMILIES, SPLITS, architecture
 from timm_ghn.training.checkpoint import TrainingError, load_checkpoint
@@ -313,7 +314,7 @@ def _report(args: argparse.Namespace, results: list[evaluation.Measured]) -> Non
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "results.json").write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
     if summaries:
-        evaluation.plot_histogram(results, args.out / "histogram.png")
+        plot_histogram(results, args.out / "histogram.png")
     console.print(f"written to {args.out}", highlight=False, markup=False)
     if "predicted" not in summaries:
         first = results[0]

@@ -19,7 +19,8 @@ from torch import Tensor
 from ..command_line import output_file, print_table
 from ..creation import create_predicted
 from ..errors import GHNError
-from ..evaluation.accuracy import calibrate, create_model
+from ..evaluation.accuracy import create_model
+from ..evaluation.calibration import calibrate
 from ..hub import load_ghn
 from ..hypernet import GHN
 from ..training.data import ImageDataset, load_dataset

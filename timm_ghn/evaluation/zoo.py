@@ -35,7 +35,7 @@ from ..graph.tape import input_candidates, output_tensors
 from ..hub import load_ghn
 from ..hypernet import GHN
 from ..training.data import load_dataset
-from .accuracy import calibrate
+from .calibration import calibrate
 
 Row = dict[str, Any]
 EXPECTED_FRACTION = 0.99
