@@ -51,12 +51,12 @@ from timm_ghn.command_line import (
     integer,
     output_directory,
     positive,
-    process_pool,
 )
 from timm_ghn.evaluation.accuracy import accuracy, create_model
 from timm_ghn.evaluation.calibration import calibrate
 from timm_ghn.finetune import PREPARATIONS
 from timm_ghn.training.data import ImageDataset, load_dataset
+from timm_ghn.workers import process_pool
 
 MODELS = (
     "resnet10t", "regnetx_002", "dla46_c", "mobilenetv3_small_050", "edgenext_xx_small", "convnext_atto",

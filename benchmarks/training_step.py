@@ -40,7 +40,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from timm_ghn.command_line import Parser, exit_status, integer, output_directory
-from timm_ghn.commands.train import has_bf16
+from timm_ghn.devices import has_bf16
 from timm_ghn.hypernet import GHN, GHNConfig
 from timm_ghn.ops.reference import gated_gnn_reference
 from timm_ghn.training.architectures import SPLITS, Architecture, architecture

@@ -144,7 +144,7 @@ def _zoo(args: argparse.Namespace) -> None:
 
     names = timm.list_models(args.filter or "")
     found = zoo.sweep(names, args.ghn, args.output / "zoo.jsonl", args.workers, args.images)
-    summary = zoo.summarise(track(found, "examining", len(names), console=console))
+    summary = zoo.summarize(track(found, "examining", len(names), console=console))
     (args.output / "zoo.json").write_text(json.dumps(summary, indent=1) + "\n")
     (args.output / "zoo.md").write_text(zoo.markdown(summary))
     table = Table("family", *zoo.COLUMNS)

@@ -22,6 +22,7 @@ from rich.table import Table
 from torch import nn
 
 from timm_ghn.command_line import architecture_names, device_name, integer, output_directory, positive, print_table
+from timm_ghn.devices import has_bf16
 from timm_ghn.errors import GHNError
 from timm_ghn.evaluation import accuracy as evaluation
 from timm_ghn.evaluation.pictures import plot_histogram
@@ -185,13 +186,6 @@ def _config(
     fields["ghn"] = {"num_classes": num_classes, **(ghn or fields.get("ghn", {}))}
     fields["ghn"].update({name: getattr(args, name) for name in _GHN_ARGUMENTS if getattr(args, name) is not None})
     return TrainConfig.from_dict(fields)
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 arithmetic is faster than float32 there."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return torch.cpu.get_capabilities().get("avx512_bf16", False)
 
 
 @contextmanager

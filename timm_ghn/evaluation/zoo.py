@@ -26,15 +26,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..assign import predict_from_graph, tile
-from ..command_line import process_pool
-from ..commands.train import has_bf16
 from ..creation import DeferredFills, create_predicted
+from ..devices import has_bf16
 from ..errors import GHNError
 from ..graph import trace
 from ..graph.tape import input_candidates, output_tensors
 from ..hub import load_ghn
 from ..hypernet import GHN
 from ..training.data import load_dataset
+from ..workers import process_pool
 from .calibration import calibrate
 
 Row = dict[str, Any]
@@ -213,7 +213,7 @@ def _examine_in_worker(name: str) -> Row:
     return examine(name, ghn, images)
 
 
-def summarise(rows: Iterable[Row]) -> dict[str, Any]:
+def summarize(rows: Iterable[Row]) -> dict[str, Any]:
     """Counts over all rows, the exceptions by name, what is kept and why, and the same by family."""
     rows = sorted(rows, key=lambda row: row["name"])
     if not rows:
