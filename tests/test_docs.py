@@ -39,7 +39,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 NOT_RUN = {
     "pip install": "fetches from an index of packages",
-    "make demo": "makes an environment first; what it runs then has its tests in test_cli.py",
+    "make demo": "makes an environment first; what it runs then has its tests in commands/test_cli.py",
     "make test": "is this suite",
     "ruff check": "is run beside this suite",
     "timm-ghn verify ghn3_tm8": "needs the released file from the Hub",

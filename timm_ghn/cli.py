@@ -26,11 +26,11 @@ from .command_line import (
     output_file,
     print_table,
 )
+from .commands.run import launch
 from .convert import convert_file
 from .errors import GHNError
 from .evaluation.verify import ARCHITECTURES, verify
 from .hub import hub_configs, list_ghns, load_ghn, resolve
-from .launch import launch
 from .publish import publish
 
 console = Console()

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from timm_ghn import cli, export, predict
 from timm_ghn.errors import GHNError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(name: str, output: Path, ghn_file: Path, *options: str) -> dict[str, torch.Tensor]:

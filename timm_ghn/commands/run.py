@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-from .errors import GHNError
+from ..errors import GHNError
 
 
 def launch(target: str, arguments: Sequence[str], module: bool = False) -> None:

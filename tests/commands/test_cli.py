@@ -25,7 +25,7 @@ from timm_ghn import cli, demo, register
 from timm_ghn.assign import predict
 from timm_ghn.command_line import architecture_names, device_name, file_size, integer, output_directory, output_file
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 
 

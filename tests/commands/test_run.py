@@ -19,7 +19,7 @@ from timm.utils import random_seed
 
 from timm_ghn.cli import main
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TRAIN = str(ROOT / "tests" / "data" / "train_like_timm.py")
 RUN = ("-m", "timm_ghn", "run")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
