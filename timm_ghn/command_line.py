@@ -11,13 +11,16 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 
 from .errors import GHNError
+
+if TYPE_CHECKING:
+    from .training.data import ImageDataset
 
 EXIT_STATUS = "Exit status: 0 done; 1 failed, for the reason given; 2 wrong arguments; 130 interrupted by Ctrl-C."
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -49,6 +52,32 @@ def print_table(table: Table) -> None:
         words = " ".join(map(str, (column.header, *column.cells))).split()
         column.min_width = max(map(len, words), default=0)
     Console().print(table, crop=False)
+
+
+# --- arguments of several commands ------------------------------------------------------------------------------------
+
+
+def add_ghn_argument(parser: argparse.ArgumentParser) -> None:
+    """What predicts."""
+    parser.add_argument("--ghn", default="ghn2", help="tag, directory, .safetensors file or hf-hub:org/repo@revision")
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which images, as `load_data` takes them."""
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", default="torch/cifar10", help="parquet file, image folder, torch/NAME or hfds/REPO")
+    data.add_argument("--holdout", type=integer(1), default=5000, help="training images to hold out for validation")
+    data.add_argument("--image-size", type=integer(1), help="bring all images to this size")
+    data.add_argument("--root", help="where torch/… and hfds/… keep their files; by default beside the Hub's cache")
+    data.add_argument("--download", action="store_true", help="let torch/… fetch what is missing")
+
+
+def load_data(args: argparse.Namespace, split: str) -> ImageDataset:
+    """The images that the arguments name."""
+    from .training.data import load_dataset
+
+    options = {name: getattr(args, name) for name in ("holdout", "image_size", "root", "download")}
+    return load_dataset(args.data, split, **options)
 
 
 # --- types of arguments -----------------------------------------------------------------------------------------------

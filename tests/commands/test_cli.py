@@ -223,7 +223,7 @@ def test_what_interrupts_any_command(
     def fail(*args: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "load_ghn", fail)
+    monkeypatch.setattr("timm_ghn.commands.create.load_ghn", fail)
     assert cli.main(["create", "test_resnet"]) == status
     assert capsys.readouterr().err == message
 

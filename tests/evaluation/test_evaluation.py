@@ -295,7 +295,7 @@ def test_the_command(
     data = ImageDataset(
         torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8, generator=generator), torch.arange(40) % 10, 10
     )
-    monkeypatch.setattr("timm_ghn.commands.train.load_dataset", lambda *args, **options: data)
+    monkeypatch.setattr("timm_ghn.training.data.load_dataset", lambda *args, **options: data)
     ghn = save_ghn(tmp_path / "ghn.safetensors")
     arguments = ["evaluate", "--ghn", str(ghn), "--device", "cpu", "--images", "20", "--out", str(tmp_path)]
     assert main([*arguments, "--architectures", "2", "--sgd-steps", "2"]) == 0
@@ -318,12 +318,12 @@ def test_an_evaluation_that_measured_nothing_has_failed(
     tmp_path: Path, save_ghn: Callable[..., Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = ImageDataset(torch.zeros(40, 3, 32, 32, dtype=torch.uint8), torch.arange(40) % 10, 10)
-    monkeypatch.setattr("timm_ghn.commands.train.load_dataset", lambda *args, **options: data)
+    monkeypatch.setattr("timm_ghn.training.data.load_dataset", lambda *args, **options: data)
 
     def build(*args: object, **options: object) -> nn.Module:
         raise RuntimeError("[/bold] is not for images of this size")  # what a terminal must not take for markup
 
-    monkeypatch.setattr("timm_ghn.evaluation.accuracy.create_model", build)
+    monkeypatch.setattr("timm_ghn.commands.evaluate.create_model", build)
     ghn = save_ghn(tmp_path / "ghn.safetensors")
     arguments = ["evaluate", "--ghn", str(ghn), "--device", "cpu", "--out", str(tmp_path), "--source", "zoo"]
     assert main([*arguments, "--names", "test_resnet"]) == 1

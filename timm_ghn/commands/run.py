@@ -1,7 +1,8 @@
-"""``timm-ghn run``: somebody else's script, such as timm's train.py, with the hook installed."""
+"""Run a Python script, such as timm's train.py, with the hook in timm."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import runpy
@@ -11,6 +12,18 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from ..errors import GHNError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The script and its own arguments."""
+    parser.add_argument("-m", dest="module", action="store_true", help="run a module instead, as python -m does")
+    parser.add_argument("script", help="a script's file; with -m, a module's name")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="all that follows is for the script, options too")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Ends as the script does."""
+    launch(args.script, args.arguments, args.module)
 
 
 def launch(target: str, arguments: Sequence[str], module: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""``timm-ghn train`` and ``timm-ghn evaluate``: from command-line arguments to a run, and to a table."""
+"""Train a GHN on images, over random architectures."""
 
 from __future__ import annotations
 
@@ -8,29 +8,19 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import track
-from rich.table import Table
-from torch import nn
 
-from timm_ghn.command_line import architecture_names, device_name, integer, output_directory, positive, print_table
+from timm_ghn.command_line import add_data_arguments, device_name, integer, load_data, output_directory, positive
 from timm_ghn.devices import has_bf16
-from timm_ghn.errors import GHNError
-from timm_ghn.evaluation import accuracy as evaluation
-from timm_ghn.evaluation.pictures import plot_histogram
 from timm_ghn.hub import load_ghn
-from timm_ghn.training.architectures import FAMILIES, SPLITS, architecture
+from timm_ghn.training.architectures import FAMILIES, SPLITS
 from timm_ghn.training.checkpoint import TrainingError, load_checkpoint
 from timm_ghn.training.config import PRESETS, SCHEDULES, TrainConfig
-from timm_ghn.training.data import ImageDataset, load_dataset
 from timm_ghn.training.optimizers import OPTIMIZERS
 from timm_ghn.training.trainer import Trainer
 
@@ -39,30 +29,11 @@ logger = logging.getLogger("timm_ghn.training")
 _GHN_ARGUMENTS = ("hypernet", "decoder", "hid", "layers", "heads", "rank", "max_shape", "split_attention")
 _RUN_ARGUMENTS = ("steps", "seed", "meta_batch", "batch_size", "optimizer", "lr", "schedule", "network_clip",
                   "eval_every", "val_architectures", "val_images", "bf16")  # fmt: skip
-_BATCH = 250
-_CALIBRATION_BATCHES = 8
 
 
-def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    data = parser.add_argument_group("data")
-    data.add_argument("--data", default="torch/cifar10", help="parquet file, image folder, torch/NAME or hfds/REPO")
-    data.add_argument("--holdout", type=integer(1), default=5000, help="training images to hold out for validation")
-    data.add_argument("--image-size", type=integer(1), help="bring all images to this size")
-    data.add_argument("--root", help="where torch/… and hfds/… keep their files; by default beside the Hub's cache")
-    data.add_argument("--download", action="store_true", help="let torch/… fetch what is missing")
-
-
-def _load_data(args: argparse.Namespace, split: str) -> ImageDataset:
-    options = {name: getattr(args, name) for name in ("holdout", "image_size", "root", "download")}
-    return load_dataset(args.data, split, **options)
-
-
-# --- train ------------------------------------------------------------------------------------------------------------
-
-
-def add_train_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``timm-ghn train``; those of the run's config have no default, so that a resumed run keeps its."""
-    _add_data_arguments(parser)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Data, run and config; those of the run's config have no default, so that a resumed run keeps its."""
+    add_data_arguments(parser)
     run = parser.add_argument_group("run")
     run.add_argument("--out", type=output_directory, default="runs/ghn", help="the run's directory")
     run.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
@@ -109,7 +80,6 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
         help="predict queries, keys and values each by itself",
     )
     config.add_argument("--max-shape", type=_kernel, metavar="OUT,IN,H,W")
-    parser.set_defaults(run=train)
 
 
 def _share(text: str) -> dict[str, Any]:
@@ -139,15 +109,15 @@ def _kernel(text: str) -> list[int]:
     return sizes
 
 
-def train(args: argparse.Namespace) -> None:
-    """Runs ``timm-ghn train``."""
+def run(args: argparse.Namespace) -> None:
+    """Trains, from the beginning or from where a run was stopped."""
     logging.basicConfig(format="%(message)s")
     # A different network at every step has more shapes of convolution than the default remembers.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "20000")
     with _processes(args.device) as device:
         first = not dist.is_initialized() or dist.get_rank() == 0
         logging.getLogger("timm_ghn").setLevel(logging.INFO if first else logging.ERROR)
-        data, validation = _load_data(args, "train"), _load_data(args, "val")
+        data, validation = load_data(args, "train"), load_data(args, "val")
         init = load_ghn(args.init) if args.init else None
         ghn = None if init is None else replace(init.config, images=None).to_dict()  # it may have seen others
         config = _config(args, data.num_classes, ghn, device)
@@ -207,109 +177,3 @@ def _processes(device: str) -> Iterator[torch.device]:
         yield own
     finally:
         dist.destroy_process_group()
-
-
-# --- evaluate ---------------------------------------------------------------------------------------------------------
-
-
-def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``timm-ghn evaluate``."""
-    _add_data_arguments(parser)
-    parser.add_argument("--ghn", default="ghn2", help="tag, directory, .safetensors file or hf-hub:org/repo@revision")
-    parser.add_argument(
-        "--source", choices=(*SPLITS, "zoo"), default="timm", help="random networks, or real ones of timm"
-    )
-    parser.add_argument(
-        "--split", default="test", help="of random networks: val, test; deepnets: also wide, deep, dense, bnfree"
-    )
-    parser.add_argument("--architectures", type=integer(1), default=100, help="measure the first so many")
-    parser.add_argument(
-        "--names", type=architecture_names,
-        help="of real networks, with commas between; some of ten families if not given",
-    )  # fmt: skip
-    parser.add_argument("--data-split", choices=("val", "test"), default="val", help="images to measure on")
-    parser.add_argument("--images", type=integer(1), default=5000, help="measure on the first so many")
-    parser.add_argument(
-        "--sgd-steps", type=integer(0), default=0, help="also measure so many steps of SGD from random weights"
-    )
-    parser.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--out", type=output_directory, default="evaluation", help="directory for results.json, histogram.png"
-    )
-    parser.set_defaults(run=evaluate)
-
-
-def evaluate(args: argparse.Namespace) -> None:
-    """Runs ``timm-ghn evaluate``."""
-    logging.basicConfig(format="%(message)s")
-    if args.source != "zoo" and args.names:
-        raise GHNError(f"--names are names in timm, but the networks of --source {args.source} are random: choose zoo.")
-    if args.source != "zoo" and args.split not in SPLITS[args.source]:
-        raise GHNError(f"{args.source} has no split {args.split!r}; choose from {', '.join(SPLITS[args.source])}.")
-    ghn = load_ghn(args.ghn, args.device)
-    train, data = (_load_data(args, split).to(args.device) for split in ("train", args.data_split))
-    if data.num_classes != ghn.config.num_classes:
-        raise GHNError(
-            f"{args.data} has {data.num_classes} classes, {args.ghn} predicts {ghn.config.num_classes}; choose a GHN "
-            "trained for as many."
-        )
-    rows = torch.arange(min(args.images, len(data)), device=args.device)
-    test = [data.batch(part) for part in rows.split(_BATCH)]
-    generator = torch.Generator(args.device).manual_seed(0)
-    calibration = [train.sample(_BATCH, generator) for _ in range(_CALIBRATION_BATCHES)]
-
-    results = []
-    builders = _builders(args, data.num_classes, data.image_size)
-    for seed, (name, build) in enumerate(track(builders.items(), "measuring", console=Console(stderr=True))):
-        sample = partial(train.sample, 64, generator) if args.sgd_steps else None
-        build = evaluation.seeded(build, seed, args.device)
-        results.append(
-            evaluation.measure(
-                name, build, ghn, calibration, test, random=True, sample=sample, sgd_steps=args.sgd_steps
-            )
-        )
-    _report(args, results)
-
-
-def _builders(args: argparse.Namespace, num_classes: int, image_size: int) -> dict[str, Callable[[], nn.Module]]:
-    """What makes each network, by name."""
-    if args.source == "zoo":
-        names = args.names or evaluation.ZOO[: args.architectures]
-        return {name: partial(evaluation.create_model, name, num_classes, image_size) for name in names}
-    builders: dict[str, Callable[[], nn.Module]] = {}
-    for index in range(min(args.architectures, SPLITS[args.source][args.split].size)):
-        found = architecture(args.source, args.split, index, image_size=image_size)
-        builders[f"{index} {found.family}"] = partial(found.build, num_classes, image_size=image_size)
-    return builders
-
-
-def _report(args: argparse.Namespace, results: list[evaluation.Measured]) -> None:
-    """Tables on the terminal, a JSON file and a picture in the directory."""
-    console = Console()
-    if len(results) <= 40:
-        table = Table("architecture", "parameters", "predicted", "top-1")
-        for result in results:
-            top1 = f"{result.accuracy['predicted']:.2%}" if result.error is None else escape(result.error)
-            table.add_row(result.name, f"{result.parameters / 1e6:.1f} M", f"{result.predicted_fraction:.1%}", top1)
-        print_table(table)
-    summaries = {}
-    table = Table("weights", "mean top-1", "standard error", "range", "architectures")
-    for kind, label in (("predicted", args.ghn), ("random", "random"), ("sgd", f"{args.sgd_steps} steps of SGD")):
-        summary = evaluation.summarize(results, kind)
-        if summary.count:
-            single = summary.count == 1  # which has no standard error
-            summaries[kind] = {**asdict(summary), "error": None if single else summary.error}
-            bounds = f"{summary.smallest:.2%} to {summary.largest:.2%}"
-            error = "" if single else f"{summary.error:.2%}"
-            table.add_row(label, f"{summary.mean:.2%}", error, bounds, str(summary.count))
-    print_table(table)
-    told = {name: value for name, value in vars(args).items() if isinstance(value, (str, int, list, type(None)))}
-    everything = {"arguments": told, "summary": summaries, "architectures": [asdict(result) for result in results]}
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "results.json").write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
-    if summaries:
-        plot_histogram(results, args.out / "histogram.png")
-    console.print(f"written to {args.out}", highlight=False, markup=False)
-    if "predicted" not in summaries:
-        first = results[0]
-        raise GHNError(f"None of {len(results)} networks could be measured; the first, {first.name}: {first.error}")
