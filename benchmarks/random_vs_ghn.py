@@ -42,7 +42,7 @@ from torch import nn
 from tqdm import tqdm
 
 import timm_ghn
-from timm_ghn import hub
+from timm_ghn.checkpoints import source as hub
 from timm_ghn.command_line import (
     Parser,
     architecture_name,

@@ -14,7 +14,7 @@ import torch
 from hub_server import HubServer
 from safetensors.torch import save_file
 
-from timm_ghn import hub
+from timm_ghn.checkpoints import source as hub
 from timm_ghn.hypernet import GHN, GHNConfig
 
 # Tests leave the user's cache of graphs alone.

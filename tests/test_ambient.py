@@ -17,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-from timm_ghn import hub, initialize, load_ghn, plugin, predict, trace
+from timm_ghn import initialize, load_ghn, plugin, predict, trace
+from timm_ghn.checkpoints import source as hub
 from timm_ghn.export import export
 
 TAG = "ghn-ambient"

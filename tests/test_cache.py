@@ -18,7 +18,8 @@ import torch
 from timm.models import resnet
 from timm.models.resnet import BasicBlock
 
-from timm_ghn import creation, hub, trace
+from timm_ghn import creation, trace
+from timm_ghn.checkpoints import source as hub
 from timm_ghn.errors import TraceError
 from timm_ghn.graph import cache
 

@@ -21,8 +21,9 @@ from timm import create_model
 from timm.models import _builder, _factory, _registry
 from torch import nn
 
-from timm_ghn import hub, plugin
+from timm_ghn import plugin
 from timm_ghn.assign import predict
+from timm_ghn.checkpoints import source as hub
 from timm_ghn.errors import CheckpointError, GHNError
 from timm_ghn.export import export
 from timm_ghn.hypernet import Images
@@ -470,7 +471,8 @@ modules = (timm, timm.models, _factory, _builder, _registry)
 copied = lambda value: value.copy() if isinstance(value, (dict, set, list)) else value
 before = [{name: copied(value) for name, value in vars(module).items() if name != "__builtins__"} for module in modules]
 import timm_ghn
-from timm_ghn import hub, plugin
+from timm_ghn import plugin
+from timm_ghn.checkpoints import source as hub
 plugin.install()
 import sys
 hub.register("mine", sys.argv[1])

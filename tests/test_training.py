@@ -21,8 +21,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from timm_ghn.checkpoints.source import load_ghn
 from timm_ghn.cli import main
-from timm_ghn.hub import load_ghn
 from timm_ghn.hypernet import GHNConfig
 from timm_ghn.training import checkpoint, optimizers
 from timm_ghn.training import trainer as trainer_module

@@ -7,11 +7,11 @@ Importing this package makes graph hypernetworks known to timm:
 from __future__ import annotations
 
 from .assign import Prediction, Report, initialize, predict
+from .checkpoints.source import list_ghns, load_ghn, register
 from .errors import CheckpointError, GHNError, PredictionError, TraceError
 from .evaluation.calibration import calibrate
 from .evaluation.ranking import rank
 from .graph import ComputationGraph, trace
-from .hub import list_ghns, load_ghn, register
 from .hypernet import GHN, GHNConfig
 from .plugin import install, uninstall
 

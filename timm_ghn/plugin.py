@@ -22,8 +22,8 @@ from typing import Any
 import timm
 from torch import nn
 
-from . import hub
 from .assign import initialize
+from .checkpoints import source as hub
 from .creation import create_predicted
 from .errors import CheckpointError, GHNError
 from .hypernet import Images

@@ -12,11 +12,11 @@ import timm
 import torch
 from torch import nn
 
+from timm_ghn.checkpoints.source import load_ghn
 from timm_ghn.cli import main
 from timm_ghn.evaluation.accuracy import Measured, accuracy, create_model, sgd, summarize
 from timm_ghn.evaluation.calibration import calibrate
 from timm_ghn.evaluation.ranking import rank
-from timm_ghn.hub import load_ghn
 from timm_ghn.training.data import ImageDataset
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ..checkpoints.convert import convert_file
 from ..command_line import output_directory
-from ..convert import convert_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,8 +9,8 @@ from rich.console import Console
 from safetensors.torch import save_model
 
 from ..assign import initialize
+from ..checkpoints.source import load_ghn
 from ..command_line import add_ghn_argument, architecture_name, integer, output_file
-from ..hub import load_ghn
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,10 +7,10 @@ import argparse
 import torch
 from rich.console import Console
 
+from ..checkpoints.source import load_ghn
 from ..command_line import add_ghn_argument, output_file
 from ..demo import CLASSES, IMAGES, classify, draw, time_creation
 from ..errors import GHNError
-from ..hub import load_ghn
 from ..training.data import load_dataset
 
 _DRAWN = 2  # images of each class

@@ -16,6 +16,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
+from timm_ghn.checkpoints.source import load_ghn
 from timm_ghn.command_line import (
     add_data_arguments,
     add_ghn_argument,
@@ -29,7 +30,6 @@ from timm_ghn.command_line import (
 from timm_ghn.errors import GHNError
 from timm_ghn.evaluation.accuracy import ZOO, Measured, create_model, measure, seeded, summarize
 from timm_ghn.evaluation.pictures import plot_histogram
-from timm_ghn.hub import load_ghn
 from timm_ghn.training.architectures import SPLITS, architecture
 
 _BATCH = 250

@@ -6,8 +6,8 @@ import argparse
 
 from rich.table import Table
 
+from ..checkpoints.source import hub_configs, list_ghns, resolve
 from ..command_line import print_table
-from ..hub import hub_configs, list_ghns, resolve
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

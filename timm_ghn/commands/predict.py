@@ -8,9 +8,9 @@ import torch
 from rich.console import Console
 
 from ..assign import HEADS
+from ..checkpoints.source import list_ghns, load_ghn
 from ..command_line import add_ghn_argument, architecture_name, file_size, integer, output_directory
 from ..export import export
-from ..hub import list_ghns, load_ghn
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

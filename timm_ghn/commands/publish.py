@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..publish import publish
+from ..checkpoints.publish import publish
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

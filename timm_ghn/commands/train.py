@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from timm_ghn.checkpoints.source import load_ghn
 from timm_ghn.command_line import add_data_arguments, device_name, integer, load_data, output_directory, positive
 from timm_ghn.devices import has_bf16
-from timm_ghn.hub import load_ghn
 from timm_ghn.training.architectures import FAMILIES, SPLITS
 from timm_ghn.training.checkpoint import TrainingError, load_checkpoint
 from timm_ghn.training.config import PRESETS, SCHEDULES, TrainConfig

@@ -15,8 +15,8 @@ import torchvision
 from torch import nn
 
 from ..assign import initialize
+from ..checkpoints.source import load_ghn
 from ..errors import GHNError
-from ..hub import load_ghn
 
 # Networks of five kinds whose parameters are all predicted.
 ARCHITECTURES = ("resnet18", "resnet50", "densenet121", "mobilenet_v2", "vgg11_bn")

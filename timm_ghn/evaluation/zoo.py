@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..assign import predict_from_graph, tile
+from ..checkpoints.source import load_ghn
 from ..creation import DeferredFills, create_predicted
 from ..devices import has_bf16
 from ..errors import GHNError
 from ..graph import trace
 from ..graph.tape import input_candidates, output_tensors
-from ..hub import load_ghn
 from ..hypernet import GHN
 from ..training.data import load_dataset
 from ..workers import process_pool

@@ -87,7 +87,7 @@ class GHN(
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, revision: str | None, **_: Any) -> GHN:
-        from ..hub import load_ghn  # the loader builds GHNs, so it cannot be imported above
+        from ..checkpoints.source import load_ghn  # the loader builds GHNs, so it cannot be imported above
 
         source = model_id if Path(model_id).exists() else f"hf-hub:{model_id}" + (f"@{revision}" if revision else "")
         return copy.deepcopy(load_ghn(source))  # the loader shares what it loaded

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..hypernet import GHN, GHNConfig
+from ...hypernet import GHN, GHNConfig
 from .pickles import of
 
 _EMBEDDINGS = ("centrality_embed_in", "centrality_embed_out", "input_dist_embed")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from ..errors import CheckpointError
-from ..hypernet import GHN
+from ...errors import CheckpointError
+from ...hypernet import GHN
 from .files import read
 from .layout import config_and_state
 

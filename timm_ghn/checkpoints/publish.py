@@ -11,9 +11,9 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 
-from .errors import GHNError
-from .hub import CONFIG_NAME, WEIGHTS_NAME, HubConfig, hub_configs, load_ghn, sha256_of
-from .hypernet import GHN, GHNConfig
+from ..errors import GHNError
+from ..hypernet import GHN, GHNConfig
+from .source import CONFIG_NAME, WEIGHTS_NAME, HubConfig, hub_configs, load_ghn, sha256_of
 
 CARD_NAME = "README.md"
 _CITATIONS = {

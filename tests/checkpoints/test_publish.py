@@ -13,12 +13,12 @@ from hub_server import HubServer
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from timm_ghn import hub
-from timm_ghn import publish as module
+from timm_ghn.checkpoints import publish as module
+from timm_ghn.checkpoints import source as hub
+from timm_ghn.checkpoints.publish import publish
+from timm_ghn.checkpoints.source import load_ghn
 from timm_ghn.cli import main
 from timm_ghn.errors import CheckpointError, GHNError
-from timm_ghn.hub import load_ghn
-from timm_ghn.publish import publish
 
 REPO = "someone/ghn"
 CARD = """---

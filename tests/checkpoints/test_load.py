@@ -24,14 +24,14 @@ from attacks.samples import joblib_bytes
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 
-from timm_ghn import hub
 from timm_ghn.assign import predict
+from timm_ghn.checkpoints import source as hub
+from timm_ghn.checkpoints.source import list_ghns, load_ghn, register
 from timm_ghn.errors import CheckpointError
-from timm_ghn.hub import list_ghns, load_ghn, register
 from timm_ghn.hypernet import GHN, GHNConfig
 
 REPO = "someone/ghn"
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -549,7 +549,7 @@ def test_no_network(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
 
 LOAD = """
 import sys
-from timm_ghn.hub import load_ghn, register
+from timm_ghn.checkpoints.source import load_ghn, register
 register("mine", sys.argv[1])
 print(sum(float(p.double().sum()) for p in load_ghn("mine").parameters()))
 """

@@ -32,10 +32,10 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .ambient import plain_torch
+from ..ambient import plain_torch
+from ..errors import CheckpointError
+from ..hypernet import GHN, GHNConfig
 from .convert import convert_file
-from .errors import CheckpointError
-from .hypernet import GHN, GHNConfig
 
 logger = logging.getLogger("timm_ghn.hub")
 
@@ -46,7 +46,7 @@ _HUB_ADDRESS = re.compile(
     r"(?:https?://[^/]+/|hf://(?:models/)?)?([\w.-]*\w/[\w.-]+?)(?:@([\w.-]+))?(?:/(?:tree|blob|resolve)/([\w.-]+).*)?/?"
 )
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".joblib")
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 
 
 @dataclasses.dataclass(frozen=True)
