@@ -262,7 +262,7 @@ def test_damaged_entries_are_passed_over(damage: str, traced: list[str], folder:
     assert len(traced) == 2
     assert equal(create(), expected)
     assert len(traced) == (3 if damage == "folder" else 2)
-    assert not list(folder.glob("*.tmp"))
+    assert not list(folder.glob("*.part"))
 
 
 def test_a_graph_is_not_used_for_other_parameters() -> None:

@@ -12,8 +12,9 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 
 from ..errors import GHNError
+from ..files import sha256_of
 from ..hypernet import GHN, GHNConfig
-from .source import CONFIG_NAME, WEIGHTS_NAME, HubConfig, hub_configs, load_ghn, sha256_of
+from .source import CONFIG_NAME, WEIGHTS_NAME, HubConfig, hub_configs, load_ghn
 
 CARD_NAME = "README.md"
 _CITATIONS = {

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -34,6 +33,7 @@ from torch import nn
 
 from ..ambient import plain_torch
 from ..errors import CheckpointError
+from ..files import read_safetensors_header, sha256_of, whole_file
 from ..hypernet import GHN, GHNConfig
 from .convert import convert_file
 
@@ -303,9 +303,8 @@ def _converted(tag: str, pin: HubConfig) -> Path:
         "size": file.stat().st_size,
         "converted_sha256": sha256_of(weights),
     }
-    unfinished = record_file.with_suffix(f".{os.getpid()}")
-    unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, record_file)
+    with whole_file(record_file) as part:
+        part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return weights
 
 
@@ -403,14 +402,6 @@ def _verify_announced(file: Path) -> None:
         _verify(file, announced, None, "delete it and it will be downloaded again")
 
 
-def sha256_of(file: Path) -> str:
-    with file.open("rb") as stream:
-        digest = hashlib.sha256()
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _metadata(file: Path) -> dict[str, str]:
     with _open(file) as tensors:
         return tensors.metadata() or {}
@@ -457,10 +448,8 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
     """
     tensors = {}
     with file.open("rb") as stream:
-        start = 8 + (length := int.from_bytes(stream.read(8), "little"))
-        for name, entry in json.loads(stream.read(length)).items():
-            if name == "__metadata__":
-                continue
+        header, start = read_safetensors_header(stream)
+        for name, entry in header.items():
             tensor = torch.empty(entry["shape"])
             stream.seek(start + entry["data_offsets"][0])
             if stream.readinto(tensor.view(-1).view(torch.uint8).numpy().data) != tensor.nbytes:

@@ -11,6 +11,7 @@ from safetensors.torch import save_model
 from ..assign import initialize
 from ..checkpoints.source import load_ghn
 from ..command_line import add_ghn_argument, architecture_name, integer, output_file
+from ..files import whole_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,5 +34,6 @@ def run(args: argparse.Namespace) -> None:
     console.print(str(report), highlight=False, markup=False)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        save_model(model, str(args.output))
+        with whole_file(args.output) as part:
+            save_model(model, str(part))
         console.print(f"saved to {args.output}", highlight=False, markup=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ...errors import CheckpointError
+from ...files import whole_files
 from ...hypernet import GHN
 from .files import read
 from .layout import config_and_state
@@ -49,11 +49,7 @@ def convert_file(path: str | os.PathLike[str], out_dir: str | os.PathLike[str]) 
     with torch.device("meta"):
         ghn = GHN(config)
     ghn.load_state_dict(state, assign=True)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    # Written apart and then moved, so that nobody ever sees half a checkpoint.
-    with tempfile.TemporaryDirectory(dir=out_dir) as scratch:
-        ghn._save_pretrained(Path(scratch))
-        for file in sorted(Path(scratch).iterdir(), reverse=True):
-            os.replace(file, out_dir / file.name)
+    with whole_files(out_dir) as unfinished:
+        ghn._save_pretrained(unfinished)
     logger.info("converted %s to %s: %s", path, out_dir, config)
     return out_dir
