@@ -19,7 +19,7 @@ from timm.models import resnet
 from timm.models.resnet import BasicBlock
 
 from timm_ghn import creation, trace
-from timm_ghn.checkpoints import source as hub
+from timm_ghn.checkpoints.catalog import CATALOG
 from timm_ghn.errors import TraceError
 from timm_ghn.graph import cache
 
@@ -33,7 +33,7 @@ def folder(tags: None, ghn_file: Path, tmp_path: Path, monkeypatch: pytest.Monke
     """An empty cache."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path))
     monkeypatch.delenv("TIMM_GHN_CACHE", raising=False)
-    hub.register(TAG, ghn_file)
+    CATALOG.register(TAG, ghn_file)
     yield cache.directory()
 
 

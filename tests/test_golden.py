@@ -17,7 +17,7 @@ import torchvision
 from torch import nn
 
 from timm_ghn.assign import Prediction, predict
-from timm_ghn.checkpoints.source import load_ghn
+from timm_ghn.checkpoints.load import load_ghn
 from timm_ghn.graph import ComputationGraph, trace
 
 GOLDEN = Path(__file__).parent / "data" / "golden"

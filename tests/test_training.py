@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from timm_ghn.checkpoints.source import load_ghn
+from timm_ghn.checkpoints.load import load_ghn
 from timm_ghn.cli import main
 from timm_ghn.hypernet import GHNConfig
 from timm_ghn.training import optimizers

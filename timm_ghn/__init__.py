@@ -7,7 +7,8 @@ Importing this package makes graph hypernetworks known to timm:
 from __future__ import annotations
 
 from .assign import Prediction, Report, initialize, predict
-from .checkpoints.source import list_ghns, load_ghn, register
+from .checkpoints.catalog import list_ghns, register
+from .checkpoints.load import load_ghn
 from .errors import CheckpointError, GHNError, PredictionError, TraceError
 from .evaluation.calibration import calibrate
 from .evaluation.ranking import rank

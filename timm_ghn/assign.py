@@ -168,7 +168,7 @@ def predict(
     check_preparation(finetune)
     started = time.perf_counter()
     if isinstance(ghn, str):
-        from .checkpoints.source import load_ghn
+        from .checkpoints.load import load_ghn
 
         ghn = load_ghn(ghn)
     loaded = time.perf_counter()

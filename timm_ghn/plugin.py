@@ -23,7 +23,8 @@ import timm
 from torch import nn
 
 from .assign import initialize
-from .checkpoints import source as hub
+from .checkpoints.catalog import CATALOG
+from .checkpoints.load import load_ghn, stated_config
 from .creation import create_predicted
 from .errors import CheckpointError, GHNError
 from .hypernet import Images
@@ -95,7 +96,7 @@ def install() -> None:
         state = _state()
         if state.hooks == _HOOKS and all(getattr(*place) is now for place, (_, now) in state.placed.items()):
             return
-        for tag in hub.list_ghns():
+        for tag in CATALOG.list_ghns():
             _refuse_timm_tag(tag)
         _retire(state)  # another copy of this module may have been here
         setattr(_registry, _STATE, state)
@@ -108,9 +109,9 @@ def install() -> None:
                 state.placed[module, name] = current, replacement
                 setattr(module, name, replacement)
         state.hooks.update(_HOOKS)
-        hub.on_register.append(_on_register)
-        state.withdraw = functools.partial(_forget, hub.on_register, _on_register)
-        _update_registry(hub.list_ghns())
+        CATALOG.on_register.append(_on_register)
+        state.withdraw = functools.partial(_forget, CATALOG.on_register, _on_register)
+        _update_registry(CATALOG.list_ghns())
 
 
 def uninstall() -> None:
@@ -224,7 +225,7 @@ def _update_registry(tags: Iterable[str]) -> None:
 def _images(tag: str) -> Images | None:
     """How the images of a GHN's training were prepared, if that is known before it is loaded."""
     try:
-        config = hub.stated_config(tag)
+        config = stated_config(tag)
     except (CheckpointError, OSError):  # whoever loads it is told
         return None
     return None if config is None else config.images
@@ -251,16 +252,16 @@ def _ghn_tag(arch: str, pretrained_cfg: Any) -> str | None:
         tag = str(pretrained_cfg)
         if f"{arch}.{tag}" in _registry._model_pretrained_cfgs and f"{arch}.{tag}" not in _state().entries:
             return None
-        if tag not in hub.list_ghns():
+        if tag not in CATALOG.list_ghns():
             if tag.lower().startswith("ghn"):
-                hub.resolve(tag)
+                CATALOG.find(tag)
             return None
         return tag
     if dataclasses.is_dataclass(pretrained_cfg):
         pretrained_cfg = vars(pretrained_cfg)
     # A whole cfg is what timm's scripts pass on; one with a source describes weights that exist, a fine-tuned model's.
     if isinstance(pretrained_cfg, dict) and not any(map(pretrained_cfg.get, _SOURCE_FIELDS)):
-        return pretrained_cfg["tag"] if pretrained_cfg.get("tag") in hub.list_ghns() else None
+        return pretrained_cfg["tag"] if pretrained_cfg.get("tag") in CATALOG.list_ghns() else None
     return None
 
 
@@ -309,7 +310,7 @@ def _model_entrypoint(
         build = functools.partial(_build, entrypoint, model_name, tag, pretrained_cfg, kwargs)
         if not asked:
             return build(_images(tag))
-        ghn = hub.load_ghn(tag)  # first, so that a missing one costs no time
+        ghn = load_ghn(tag)  # first, so that a missing one costs no time
         build = functools.partial(build, ghn.config.images, ghn_kwargs.get("head") != "keep")
         model, report = create_predicted(build, ghn, **ghn_kwargs)
         logger.info("%s by %s:\n%s", model_name, tag, report)
@@ -375,12 +376,12 @@ def _load_pretrained(
     if tag is None:
         original(model, pretrained_cfg, *args, **kwargs)
     else:
-        initialize(model, hub.load_ghn(tag))
+        initialize(model, load_ghn(tag))
 
 
 def _expand_filter(original: Callable[..., Any], filter: str) -> list[str]:
     expanded: list[str] = original(filter)
-    tags = hub.list_ghns()
+    tags = CATALOG.list_ghns()
     _update_registry(tags)
     return [_TagFilter(part) if _named_tags(part, tags) else part for part in expanded]
 
@@ -397,7 +398,7 @@ def _filter_names(original: Callable[..., Any], names: Iterable[str], pattern: s
     if found or not isinstance(pattern, _TagFilter):
         return found
     architectures = {name.partition(".")[0] for name in names}
-    tags = _named_tags(pattern, hub.list_ghns())
+    tags = _named_tags(pattern, CATALOG.list_ghns())
     return fnmatch.filter((f"{arch}.{tag}" for arch in architectures for tag in tags), pattern)
 
 

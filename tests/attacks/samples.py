@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save
 
 from timm_ghn.checkpoints.convert import convert_file
-from timm_ghn.checkpoints.source import load_ghn
+from timm_ghn.checkpoints.load import load_ghn
 from timm_ghn.errors import CheckpointError
 from timm_ghn.hypernet import GHN, GHNConfig
 

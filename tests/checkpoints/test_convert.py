@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from timm_ghn.checkpoints.convert import convert_file
-from timm_ghn.checkpoints.source import load_ghn
+from timm_ghn.checkpoints.load import load_ghn
 from timm_ghn.cli import main
 from timm_ghn.errors import CheckpointError
 from timm_ghn.hypernet import GHN, GHNConfig

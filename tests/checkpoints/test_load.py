@@ -25,8 +25,9 @@ from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 
 from timm_ghn.assign import predict
-from timm_ghn.checkpoints import source as hub
-from timm_ghn.checkpoints.source import list_ghns, load_ghn, register
+from timm_ghn.checkpoints.catalog import CATALOG, Catalog, list_ghns, register
+from timm_ghn.checkpoints.load import SHARED, load_ghn, stated_config
+from timm_ghn.checkpoints.source import CONFIG_NAME, WEIGHTS_NAME, HubConfig, embedded_config
 from timm_ghn.errors import CheckpointError
 from timm_ghn.hypernet import GHN, GHNConfig
 
@@ -37,40 +38,38 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def files(ghn_file: Path) -> dict[str, bytes]:
     """A GHN repository's contents."""
-    return {hub.WEIGHTS_NAME: ghn_file.read_bytes(), hub.CONFIG_NAME: json.dumps(config_of(ghn_file)).encode()}
+    return {WEIGHTS_NAME: ghn_file.read_bytes(), CONFIG_NAME: json.dumps(config_of(ghn_file)).encode()}
 
 
 @pytest.fixture
-def publish(
-    server: HubServer, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., hub.HubConfig]:
+def publish(server: HubServer, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> Callable[..., HubConfig]:
     """Publishes the GHN on the server and ships its pin under the tag ``published``; arguments falsify the pin."""
 
-    def publish(**changes: Any) -> hub.HubConfig:
-        weights = files[hub.WEIGHTS_NAME]
-        pin = hub.HubConfig(
+    def publish(**changes: Any) -> HubConfig:
+        weights = files[WEIGHTS_NAME]
+        pin = HubConfig(
             repo_id=REPO,
-            filename=hub.WEIGHTS_NAME,
+            filename=WEIGHTS_NAME,
             revision=server.commit(REPO, files),
             sha256=hashlib.sha256(weights).hexdigest(),
             size=len(weights),
             format="safetensors",
-            config=json.loads(files[hub.CONFIG_NAME]),
+            config=json.loads(files[CONFIG_NAME]),
             trained_on="nothing",
             license="Apache-2.0",
             citation="",
             results={},
         )
         pin = dataclasses.replace(pin, **changes)
-        monkeypatch.setattr(hub, "hub_configs", lambda: {"published": pin})
+        monkeypatch.setattr(CATALOG, "published", {"published": pin})
         return pin
 
     return publish
 
 
 def config_of(file: Path) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads(hub._metadata(file)["config"])
-    return config
+    (config,) = embedded_config(file).values()
+    return dict(config)
 
 
 def assert_is(ghn: GHN, file: Path) -> None:
@@ -90,16 +89,16 @@ def test_a_file_with_its_config_inside(ghn_file: Path) -> None:
 
 
 def test_a_directory(ghn_file: Path, tmp_path: Path) -> None:
-    save_file(load_file(ghn_file), tmp_path / hub.WEIGHTS_NAME)
-    (tmp_path / hub.CONFIG_NAME).write_text(json.dumps(config_of(ghn_file)))
+    save_file(load_file(ghn_file), tmp_path / WEIGHTS_NAME)
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(config_of(ghn_file)))
     assert_is(load_ghn(tmp_path), ghn_file)
-    assert_is(load_ghn(tmp_path / hub.WEIGHTS_NAME), ghn_file)  # the file, with the config beside it
+    assert_is(load_ghn(tmp_path / WEIGHTS_NAME), ghn_file)  # the file, with the config beside it
 
 
 def test_a_file_that_carries_its_config_ignores_what_lies_beside_it(ghn_file: Path, tmp_path: Path) -> None:
     file = tmp_path / "mine.safetensors"
     file.write_bytes(ghn_file.read_bytes())
-    (tmp_path / hub.CONFIG_NAME).write_text('{"architectures": ["SomethingElse"]}')
+    (tmp_path / CONFIG_NAME).write_text('{"architectures": ["SomethingElse"]}')
     assert_is(load_ghn(file), ghn_file)
 
 
@@ -179,20 +178,18 @@ IMAGES = {
 }  # fmt: skip
 
 
-def test_images_are_stated_anywhere_or_nowhere(
-    ghn_file: Path, tmp_path: Path, save_ghn: Callable[..., Path]
-) -> None:
+def test_images_are_stated_anywhere_or_nowhere(ghn_file: Path, tmp_path: Path, save_ghn: Callable[..., Path]) -> None:
     """A published config without them still loads, and one place that knows them suffices."""
     assert load_ghn(ghn_file).config.images is None and "images" not in load_ghn(ghn_file).config.to_dict()
-    (tmp_path / hub.WEIGHTS_NAME).write_bytes(ghn_file.read_bytes())
-    (tmp_path / hub.CONFIG_NAME).write_text(json.dumps({**config_of(ghn_file), "images": IMAGES}))
+    (tmp_path / WEIGHTS_NAME).write_bytes(ghn_file.read_bytes())
+    (tmp_path / CONFIG_NAME).write_text(json.dumps({**config_of(ghn_file), "images": IMAGES}))
     ghn = load_ghn(tmp_path)
     assert ghn.config == load_ghn(ghn_file).config
     assert ghn.config.to_dict()["images"] == IMAGES
     ghn.save_pretrained(tmp_path / "saved")
     assert load_ghn(tmp_path / "saved").config.images == ghn.config.images
-    assert load_ghn(tmp_path / "saved" / hub.WEIGHTS_NAME).config.images == ghn.config.images
-    (tmp_path / "saved" / hub.CONFIG_NAME).write_text(
+    assert load_ghn(tmp_path / "saved" / WEIGHTS_NAME).config.images == ghn.config.images
+    (tmp_path / "saved" / CONFIG_NAME).write_text(
         json.dumps({**config_of(ghn_file), "images": {**IMAGES, "crop_pct": 1.0}})
     )
     with pytest.raises(CheckpointError, match="disagree about images"):
@@ -207,18 +204,18 @@ def test_images_are_stated_anywhere_or_nowhere(
     ],
 )  # fmt: skip
 def test_images_that_cannot_be(images: dict[str, Any], ghn_file: Path, tmp_path: Path) -> None:
-    (tmp_path / hub.WEIGHTS_NAME).write_bytes(ghn_file.read_bytes())
-    (tmp_path / hub.CONFIG_NAME).write_text(json.dumps({**config_of(ghn_file), "images": {**IMAGES, **images}}))
+    (tmp_path / WEIGHTS_NAME).write_bytes(ghn_file.read_bytes())
+    (tmp_path / CONFIG_NAME).write_text(json.dumps({**config_of(ghn_file), "images": {**IMAGES, **images}}))
     with pytest.raises(CheckpointError, match="is not a GHN's"):
         load_ghn(tmp_path)
 
 
 def test_the_shipped_ghns_say_what_they_were_trained_with() -> None:
-    for tag in hub.hub_configs():
-        config = hub.stated_config(tag)
+    for tag in CATALOG.published:
+        config = stated_config(tag)
         assert config is not None and config.images is not None
         assert config.images.mean == (0.485, 0.456, 0.406) and config.images.std == (0.229, 0.224, 0.225)
-    assert load_ghn("ghn2").config.images == hub.stated_config("ghn2").images  # type: ignore[union-attr]
+    assert load_ghn("ghn2").config.images == stated_config("ghn2").images  # type: ignore[union-attr]
 
 
 def test_a_changed_file_is_loaded_again(save_ghn: Callable[..., Path], tmp_path: Path) -> None:
@@ -247,7 +244,7 @@ def test_threads_share_one_module(save_ghn: Callable[..., Path], tmp_path: Path)
 
 
 def test_every_shipped_config_is_complete() -> None:
-    for tag, pin in hub.hub_configs().items():
+    for tag, pin in CATALOG.published.items():
         config = GHNConfig.from_dict(pin.config)
         assert config.num_classes > 0
         assert pin.format in ("safetensors", "joblib")
@@ -261,26 +258,25 @@ def test_the_embedded_checkpoint_is_the_pinned_one() -> None:
         with pytest.raises(CheckpointError, match="'ghn2' has no checkpoint"):
             load_ghn("ghn2")
         pytest.skip("this version embeds no checkpoint")
-    pin = hub.hub_configs()["ghn2"]
+    pin = CATALOG.published["ghn2"]
     ghn = load_ghn("ghn2")
     assert ghn.config == GHNConfig.from_dict(pin.config)
     assert embedded.stat().st_size == pin.size
 
 
 def test_an_embedded_checkpoint_needs_no_network_and_must_be_the_pinned_one(
-    server: HubServer, publish: Callable[..., hub.HubConfig], ghn_file: Path, tmp_path: Path,
+    server: HubServer, publish: Callable[..., HubConfig], ghn_file: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     publish()
-    monkeypatch.setattr(hub, "_PACKAGE", tmp_path)
-    embedded = tmp_path / "weights" / "published.safetensors"
-    embedded.parent.mkdir()
+    monkeypatch.setattr("timm_ghn.checkpoints.source.EMBEDDED", tmp_path)
+    embedded = tmp_path / "published.safetensors"
     embedded.write_bytes(ghn_file.read_bytes())
     assert_is(load_ghn("published"), ghn_file)
     assert not server.requests
 
     embedded.write_bytes(flip_a_byte(ghn_file.read_bytes()))
-    hub._loaded.clear()
+    SHARED.clear()
     with pytest.raises(CheckpointError, match=r"sha256.*reinstall timm-ghn"):
         load_ghn("published")
 
@@ -326,12 +322,10 @@ def test_an_unknown_tag_names_the_nearest(tags: None, ghn_file: Path) -> None:
         load_ghn("my-own-gnh")
 
 
-def test_a_broken_shipped_config_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "hub_configs").mkdir()
-    (tmp_path / "hub_configs" / "x.json").write_text('{"repo_id": "a/b"}')
-    monkeypatch.setattr(hub, "_PACKAGE", tmp_path)
+def test_a_broken_shipped_config_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('{"repo_id": "a/b"}')
     with pytest.raises(CheckpointError, match=r"x\.json must be a JSON object with exactly the fields repo_id"):
-        hub.hub_configs.__wrapped__()
+        Catalog(tmp_path).list_ghns()
 
 
 # Files that are not what they should be
@@ -408,8 +402,8 @@ def test_a_checkpoint_that_disagrees_with_itself_is_refused(
 
 
 def test_two_configs_that_differ_are_refused(ghn_file: Path, tmp_path: Path) -> None:
-    (tmp_path / hub.WEIGHTS_NAME).write_bytes(ghn_file.read_bytes())
-    (tmp_path / hub.CONFIG_NAME).write_text(json.dumps({**config_of(ghn_file), "weight_norm": False}))
+    (tmp_path / WEIGHTS_NAME).write_bytes(ghn_file.read_bytes())
+    (tmp_path / CONFIG_NAME).write_text(json.dumps({**config_of(ghn_file), "weight_norm": False}))
     with pytest.raises(CheckpointError, match="disagree about weight_norm"):
         load_ghn(tmp_path)
 
@@ -437,13 +431,13 @@ def test_a_missing_file(tmp_path: Path) -> None:
 # The Hub
 
 
-def test_download_by_tag(server: HubServer, publish: Callable[..., hub.HubConfig], ghn_file: Path) -> None:
+def test_download_by_tag(server: HubServer, publish: Callable[..., HubConfig], ghn_file: Path) -> None:
     pin = publish()
     assert_is(load_ghn("published"), ghn_file)
     assert all(f"/resolve/{pin.revision}/" in request for request in server.requests)
 
     requests = len(server.requests)
-    hub._loaded.clear()
+    SHARED.clear()
     assert_is(load_ghn("published"), ghn_file)  # the cache has it, and a commit never changes
     assert len(server.requests) == requests
 
@@ -452,7 +446,7 @@ def test_download_by_repository(server: HubServer, files: dict[str, bytes], ghn_
     commit = server.commit(REPO, files)
     assert_is(load_ghn(f"hf-hub:{REPO}"), ghn_file)
     assert_is(load_ghn(f"hf-hub:{REPO}@{commit}"), ghn_file)
-    weights = [request for request in server.requests if hub.WEIGHTS_NAME in request]
+    weights = [request for request in server.requests if WEIGHTS_NAME in request]
     assert weights and all(commit in request for request in weights)  # the very commit the config came from
 
 
@@ -477,25 +471,25 @@ def test_a_private_repository(
 
 @pytest.mark.parametrize("damage", [lambda data: data[:-100], flip_a_byte, lambda data: data + b"more"])
 def test_a_tampered_download_is_refused(
-    server: HubServer, publish: Callable[..., hub.HubConfig], files: dict[str, bytes],
+    server: HubServer, publish: Callable[..., HubConfig], files: dict[str, bytes],
     damage: Callable[[bytes], bytes],
 ) -> None:  # fmt: skip
     publish()
-    server.served[hub.WEIGHTS_NAME] = damage(files[hub.WEIGHTS_NAME])
+    server.served[WEIGHTS_NAME] = damage(files[WEIGHTS_NAME])
     for source in ("published", f"hf-hub:{REPO}"):
         with pytest.raises(CheckpointError, match=r"not the published file|the download failed"):
             load_ghn(source)
 
 
 def test_a_tampered_cache_is_refused_until_deleted(
-    server: HubServer, publish: Callable[..., hub.HubConfig], ghn_file: Path
+    server: HubServer, publish: Callable[..., HubConfig], ghn_file: Path
 ) -> None:
     publish()
     load_ghn("published")
     (cached,) = Path(huggingface_hub.constants.HF_HUB_CACHE).glob("models--*/snapshots/*/model.safetensors")
     cached.resolve().write_bytes(flip_a_byte(ghn_file.read_bytes()))
     for source in ("published", f"hf-hub:{REPO}"):
-        hub._loaded.clear()
+        SHARED.clear()
         with pytest.raises(CheckpointError, match=r"sha256 .*delete it and it will be downloaded again"):
             load_ghn(source)
     cached.resolve().unlink()
@@ -515,7 +509,7 @@ def test_a_tampered_cache_is_refused_until_deleted(
         ({"config": {"num_classes": 10, "hid": 64}}, "disagree about max_shape, hid"),
     ],
 )
-def test_a_wrong_pin_is_refused(publish: Callable[..., hub.HubConfig], changes: dict[str, Any], message: str) -> None:
+def test_a_wrong_pin_is_refused(publish: Callable[..., HubConfig], changes: dict[str, Any], message: str) -> None:
     publish(**changes)
     with pytest.raises(CheckpointError, match=message):
         load_ghn("published")
@@ -534,7 +528,7 @@ def test_a_wrong_pin_is_refused(publish: Callable[..., hub.HubConfig], changes: 
 )
 def test_a_wrong_repository_is_refused(server: HubServer, files: dict[str, bytes], source: str, message: str) -> None:
     server.commit(REPO, files)
-    server.commit("someone/pickled", {"config.json": files[hub.CONFIG_NAME], "pytorch_model.bin": b"\x80"})
+    server.commit("someone/pickled", {"config.json": files[CONFIG_NAME], "pytorch_model.bin": b"\x80"})
     server.commit("someone/not-json", {**files, "config.json": b"nonsense"})
     with pytest.raises(CheckpointError, match=message):
         load_ghn(source)
@@ -549,7 +543,7 @@ def test_no_network(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
 
 LOAD = """
 import sys
-from timm_ghn.checkpoints.source import load_ghn, register
+from timm_ghn import load_ghn, register
 register("mine", sys.argv[1])
 print(sum(float(p.double().sum()) for p in load_ghn("mine").parameters()))
 """
@@ -600,9 +594,9 @@ def pickled(server: HubServer, ghn_file: Path, monkeypatch: pytest.MonkeyPatch) 
         data = data or joblib_bytes(load_file(ghn_file))
         commit = server.commit(REPO, {"ghn.pt": data})
         config = {**config_of(ghn_file), "heads": 8}
-        pin = hub.HubConfig(REPO, "ghn.pt", None, None, None, "joblib", config, "nothing", "MIT", "", {})
-        monkeypatch.setattr(hub, "hub_configs", lambda: {"pickled": dataclasses.replace(pin, **changes)})
-        hub._loaded.clear()
+        pin = HubConfig(REPO, "ghn.pt", None, None, None, "joblib", config, "nothing", "MIT", "", {})
+        monkeypatch.setattr(CATALOG, "published", {"pickled": dataclasses.replace(pin, **changes)})
+        SHARED.clear()
         return commit
 
     return pickled
@@ -620,7 +614,7 @@ def test_a_published_pickle_is_converted_once(server: HubServer, pickled: Callab
     assert record["sha256"] == hashlib.sha256(server.repos[REPO][commit]["ghn.pt"]).hexdigest()
 
     requests = len(server.requests)
-    hub._loaded.clear()
+    SHARED.clear()
     assert_is(load_ghn("pickled"), ghn_file)
     assert len(server.requests) == requests
 
@@ -632,13 +626,13 @@ def test_a_published_pickle_stays_the_one_of_its_first_use(
     load_ghn("pickled")
     other = save_ghn(tmp_path / "other.safetensors", seed=1)
     pickled(joblib_bytes(load_file(other)))  # the main branch moves on
-    (converted() / hub.WEIGHTS_NAME).unlink()
+    (converted() / WEIGHTS_NAME).unlink()
     assert_is(load_ghn("pickled"), ghn_file)
 
     shutil.rmtree(huggingface_hub.constants.HF_HUB_CACHE)
-    (converted() / hub.WEIGHTS_NAME).unlink()
+    (converted() / WEIGHTS_NAME).unlink()
     server.repos[REPO][first] = server.repos[REPO]["main"]  # history is rewritten
-    hub._loaded.clear()
+    SHARED.clear()
     with pytest.raises(CheckpointError, match=rf"not the published file: .*; delete {converted()} if you trust it"):
         load_ghn("pickled")
     shutil.rmtree(converted())
@@ -648,11 +642,11 @@ def test_a_published_pickle_stays_the_one_of_its_first_use(
 def test_a_tampered_conversion_is_refused(pickled: Callable[..., str], ghn_file: Path) -> None:
     pickled()
     load_ghn("pickled")
-    weights = converted() / hub.WEIGHTS_NAME
+    weights = converted() / WEIGHTS_NAME
     data = flip_a_byte(weights.read_bytes())
     weights.unlink()  # the loaded GHN has it in memory
     weights.write_bytes(data)
-    hub._loaded.clear()
+    SHARED.clear()
     with pytest.raises(CheckpointError, match=rf"sha256 .*delete {converted()} and it will be made again"):
         load_ghn("pickled")
     shutil.rmtree(converted())

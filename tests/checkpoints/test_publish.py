@@ -13,10 +13,10 @@ from hub_server import HubServer
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from timm_ghn.checkpoints import publish as module
-from timm_ghn.checkpoints import source as hub
+from timm_ghn.checkpoints.catalog import CATALOG
+from timm_ghn.checkpoints.load import load_ghn
 from timm_ghn.checkpoints.publish import publish
-from timm_ghn.checkpoints.source import load_ghn
+from timm_ghn.checkpoints.source import CONFIG_NAME, WEIGHTS_NAME, embedded_config
 from timm_ghn.cli import main
 from timm_ghn.errors import CheckpointError, GHNError
 
@@ -36,9 +36,9 @@ def directory(ghn_file: Path, tmp_path: Path) -> Path:
     """A trained GHN, as training leaves it."""
     directory = tmp_path / "trained"
     directory.mkdir()
-    save_file(load_file(ghn_file), directory / hub.WEIGHTS_NAME)
-    config = json.loads(hub._metadata(ghn_file)["config"])
-    (directory / hub.CONFIG_NAME).write_text(json.dumps(config))
+    save_file(load_file(ghn_file), directory / WEIGHTS_NAME)
+    (config,) = embedded_config(ghn_file).values()
+    (directory / CONFIG_NAME).write_text(json.dumps(config))
     (directory / "README.md").write_text(CARD)
     (directory / "curves.png").write_bytes(b"\x89PNG")
     (directory / "log.csv").write_text("step\n")
@@ -61,10 +61,10 @@ def test_what_is_published_can_be_loaded(server: HubServer, directory: Path) -> 
     commit = publication.pin["revision"]
     files = server.repos[REPO][commit]
     assert sorted(files) == ["README.md", "config.json", "curves.png", "model.safetensors"]
-    assert files["model.safetensors"] == (directory / hub.WEIGHTS_NAME).read_bytes()
+    assert files["model.safetensors"] == (directory / WEIGHTS_NAME).read_bytes()
     assert publication.pin == {
         "repo_id": REPO,
-        "filename": hub.WEIGHTS_NAME,
+        "filename": WEIGHTS_NAME,
         "revision": commit,
         "sha256": hashlib.sha256(files["model.safetensors"]).hexdigest(),
         "size": len(files["model.safetensors"]),
@@ -95,10 +95,10 @@ def test_the_card_of_a_training_run(directory: Path) -> None:
 
 def test_the_card_of_a_shipped_tag(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (directory / "README.md").unlink()
-    config = json.loads((directory / hub.CONFIG_NAME).read_text())
-    xlm16 = hub.hub_configs()["ghn3_xlm16"]
+    config = json.loads((directory / CONFIG_NAME).read_text())
+    xlm16 = CATALOG.published["ghn3_xlm16"]
     pin = dataclasses.replace(xlm16, config=config)
-    monkeypatch.setattr(module, "hub_configs", lambda: {"xlm16": xlm16, "tiny": pin})
+    monkeypatch.setattr(CATALOG, "published", {"xlm16": xlm16, "tiny": pin})
     card = publish(directory, pin.repo_id).files["README.md"]
     assert isinstance(card, bytes)
     text = card.decode()
@@ -113,8 +113,8 @@ def test_the_card_of_a_shipped_tag(directory: Path, monkeypatch: pytest.MonkeyPa
         (lambda d: (d / "README.md").unlink(), "has no README.md: write one"),
         (lambda d: (d / "README.md").write_text("# Mine"), "has no licence"),
         (lambda d: (d / "README.md").write_text("---\nlicense: [\n---\n"), "is not what a model card's is"),
-        (lambda d: (d / hub.CONFIG_NAME).write_text('{"num_classes": 3}'), "disagrees with its config"),
-        (lambda d: (d / hub.WEIGHTS_NAME).unlink(), r"it has no model\.safetensors"),
+        (lambda d: (d / CONFIG_NAME).write_text('{"num_classes": 3}'), "disagrees with its config"),
+        (lambda d: (d / WEIGHTS_NAME).unlink(), r"it has no model\.safetensors"),
     ],
 )
 def test_what_is_incomplete_is_not_published(

@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import nn
 
-from timm_ghn.checkpoints.source import load_ghn
+from timm_ghn.checkpoints.load import load_ghn
 from timm_ghn.cli import main
 from timm_ghn.evaluation.accuracy import Measured, accuracy, create_model, sgd, summarize
 from timm_ghn.evaluation.calibration import calibrate

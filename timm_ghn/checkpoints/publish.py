@@ -14,7 +14,9 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from ..errors import GHNError
 from ..files import sha256_of
 from ..hypernet import GHN, GHNConfig
-from .source import CONFIG_NAME, WEIGHTS_NAME, HubConfig, hub_configs, load_ghn
+from .catalog import CATALOG
+from .load import load_ghn
+from .source import CONFIG_NAME, WEIGHTS_NAME, HubConfig
 
 CARD_NAME = "README.md"
 _CITATIONS = {
@@ -124,7 +126,7 @@ def _upload(repo_id: str, files: dict[str, bytes | Path]) -> str:
 
 def _card(directory: Path, repo_id: str, ghn: GHN, pictures: list[str]) -> str:
     file = directory / CARD_NAME
-    pins = [pin for pin in hub_configs().values() if pin.repo_id == repo_id]
+    pins = [pin for pin in CATALOG.published.values() if pin.repo_id == repo_id]
     pin = next((pin for pin in pins if GHNConfig.from_dict(pin.config) == ghn.config), None)
     if file.is_file():
         # Training does not know yet where its GHN will be found.

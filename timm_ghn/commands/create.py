@@ -9,7 +9,7 @@ from rich.console import Console
 from safetensors.torch import save_model
 
 from ..assign import initialize
-from ..checkpoints.source import load_ghn
+from ..checkpoints.load import load_ghn
 from ..command_line import add_ghn_argument, architecture_name, integer, output_file
 from ..files import whole_file
 

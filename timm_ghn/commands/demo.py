@@ -7,7 +7,7 @@ import argparse
 import torch
 from rich.console import Console
 
-from ..checkpoints.source import load_ghn
+from ..checkpoints.load import load_ghn
 from ..command_line import add_ghn_argument, output_file
 from ..demo import CLASSES, IMAGES, classify, draw, time_creation
 from ..errors import GHNError

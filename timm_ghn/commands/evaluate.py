@@ -16,7 +16,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
-from timm_ghn.checkpoints.source import load_ghn
+from timm_ghn.checkpoints.load import load_ghn
 from timm_ghn.command_line import (
     add_data_arguments,
     add_ghn_argument,

@@ -6,7 +6,7 @@ import argparse
 
 from rich.table import Table
 
-from ..checkpoints.source import hub_configs, list_ghns, resolve
+from ..checkpoints.catalog import CATALOG
 from ..command_line import print_table
 
 
@@ -17,10 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """A row for each tag."""
     table = Table("tag", "trained on", "classes", "licence", "repository")
-    for tag in list_ghns():
-        pin = hub_configs().get(tag)
+    for tag in CATALOG.list_ghns():
+        pin = CATALOG.published.get(tag)
         if pin is None:
-            table.add_row(tag, "", "", "", resolve(tag))
+            table.add_row(tag, "", "", "", str(CATALOG.find(tag)))
         else:
             table.add_row(tag, pin.trained_on, str(pin.config["num_classes"]), pin.license, pin.repo_id)
     print_table(table)

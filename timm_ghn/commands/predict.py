@@ -8,7 +8,8 @@ import torch
 from rich.console import Console
 
 from ..assign import HEADS
-from ..checkpoints.source import list_ghns, load_ghn
+from ..checkpoints.catalog import list_ghns
+from ..checkpoints.load import load_ghn
 from ..command_line import add_ghn_argument, architecture_name, file_size, integer, output_directory
 from ..export import export
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from timm_ghn.checkpoints.source import load_ghn
+from timm_ghn.checkpoints.load import load_ghn
 from timm_ghn.command_line import add_data_arguments, device_name, integer, load_data, output_directory, positive
 from timm_ghn.devices import has_bf16
 from timm_ghn.training.architectures import FAMILIES, SPLITS

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 from torch import nn
 
-from ..checkpoints.source import load_ghn
+from ..checkpoints.load import load_ghn
 from ..hypernet import GHN
 from .accuracy import Measured, create_model, measure
 from .batches import Batches, check_images, check_labels

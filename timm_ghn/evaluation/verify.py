@@ -15,7 +15,7 @@ import torchvision
 from torch import nn
 
 from ..assign import initialize
-from ..checkpoints.source import load_ghn
+from ..checkpoints.load import load_ghn
 from ..errors import GHNError
 
 # Networks of five kinds whose parameters are all predicted.

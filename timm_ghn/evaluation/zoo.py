@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..assign import predict_from_graph, tile
-from ..checkpoints.source import load_ghn
+from ..checkpoints.load import load_ghn
 from ..creation import DeferredFills, create_predicted
 from ..devices import has_bf16
 from ..errors import GHNError

@@ -6,9 +6,9 @@ import copy
 import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub import ModelHubMixin
@@ -47,6 +47,9 @@ class GHN(
 
     `from_pretrained`, `save_pretrained` and `push_to_hub` are huggingface_hub's, with safetensors as the only format.
     """
+
+    loader: ClassVar[Callable[[str], GHN]]
+    """What `from_pretrained` reads with: `timm_ghn.load_ghn`, set where that is defined, on top of this class."""
 
     def __init__(self, config: GHNConfig):
         super().__init__()
@@ -87,10 +90,8 @@ class GHN(
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, revision: str | None, **_: Any) -> GHN:
-        from ..checkpoints.source import load_ghn  # the loader builds GHNs, so it cannot be imported above
-
         source = model_id if Path(model_id).exists() else f"hf-hub:{model_id}" + (f"@{revision}" if revision else "")
-        return copy.deepcopy(load_ghn(source))  # the loader shares what it loaded
+        return copy.deepcopy(cls.loader(source))  # the loader shares what it loaded
 
     def node_states(self, graphs: Sequence[ComputationGraph], predict_head: bool = True) -> torch.Tensor:
         """States [N, d] of all nodes of the graphs, one graph after the other, ready for the decoders."""
