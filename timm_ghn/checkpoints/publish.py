@@ -14,9 +14,10 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from ..errors import GHNError
 from ..files import sha256_of
 from ..hypernet import GHN, GHNConfig
+from .card import DIRECTORY, model_card, usage
 from .catalog import CATALOG
 from .load import load_ghn
-from .source import CONFIG_NAME, WEIGHTS_NAME, HubConfig
+from .source import CONFIG_NAME, HUB_PREFIX, WEIGHTS_NAME, HubConfig
 
 CARD_NAME = "README.md"
 _CITATIONS = {
@@ -25,31 +26,6 @@ _CITATIONS = {
     "gatedgnn": "Knyazev et al. 2021, Parameter Prediction for Unseen Deep Architectures, arXiv:2110.13100",
     "mlp": "Knyazev et al. 2021, Parameter Prediction for Unseen Deep Architectures, arXiv:2110.13100",
 }
-_CARD = """---
-library_name: timm-ghn
-license: {license}
-tags:
-- graph-hypernetwork
-- timm
-- image-classification
----
-
-# {name}
-
-It reads a network's architecture as a graph and predicts the network's parameters in one forward pass, with
-{parameters:,} parameters of its own. Trained on {trained_on}.
-
-{results}"""
-_USAGE = """
-## Usage
-
-```python
-import timm, timm_ghn  # pip install timm-ghn
-
-timm_ghn.register("mine", "hf-hub:{repo_id}")
-model = timm.create_model("resnet50", pretrained_cfg="mine", num_classes={classes})
-```
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,14 +101,14 @@ def _upload(repo_id: str, files: dict[str, bytes | Path]) -> str:
 
 
 def _card(directory: Path, repo_id: str, ghn: GHN, pictures: list[str]) -> str:
-    file = directory / CARD_NAME
+    file, source = directory / CARD_NAME, f"{HUB_PREFIX}{repo_id}"
     pins = [pin for pin in CATALOG.published.values() if pin.repo_id == repo_id]
     pin = next((pin for pin in pins if GHNConfig.from_dict(pin.config) == ghn.config), None)
     if file.is_file():
         # Training does not know yet where its GHN will be found.
-        card = file.read_text(encoding="utf-8").replace("path/to/this/directory", f"hf-hub:{repo_id}")
+        card = file.read_text(encoding="utf-8").replace(DIRECTORY, source)
     elif pin is not None:
-        card = _new_card(pin, ghn)
+        card = _new_card(pin, ghn.config, source)
     else:
         raise GHNError(
             f"{directory} has no {CARD_NAME}: write one that says what the GHN was trained on, and its licence."
@@ -146,7 +122,7 @@ def _card(directory: Path, repo_id: str, ghn: GHN, pictures: list[str]) -> str:
     if not license:
         raise GHNError(f"{file} has no licence: its metadata needs a line like `license: apache-2.0`.")
     if "timm_ghn" not in card:
-        card += _USAGE.format(repo_id=repo_id, classes=ghn.config.num_classes)
+        card += usage(ghn.config, source)
     for picture in pictures:
         if picture not in card:
             card += f"\n![{picture.removesuffix('.png')}]({picture})\n"
@@ -155,12 +131,13 @@ def _card(directory: Path, repo_id: str, ghn: GHN, pictures: list[str]) -> str:
     return card
 
 
-def _new_card(pin: HubConfig, ghn: GHN) -> str:
+def _new_card(pin: HubConfig, config: GHNConfig, source: str) -> str:
     rows = [f"| {name} | {value} |" for name, value in pin.results.items()]
-    return _CARD.format(
+    return model_card(
+        config,
         name=pin.repo_id.split("/")[1],
         license=pin.license.lower(),
-        parameters=sum(parameter.numel() for parameter in ghn.parameters()),
         trained_on=pin.trained_on,
-        results="\n".join(["| | |", "|---|---|", *rows, ""]) if rows else "",
+        source=source,
+        details="\n".join(["| | |", "|---|---|", *rows, ""]) if rows else "",
     )
