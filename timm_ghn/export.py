@@ -12,12 +12,13 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from .ambient import plain_torch
-from .assign import Report, tile_into
+from .assign import Report
 from .creation import build_unwritten
 from .errors import GHNError
 from .files import safetensors_header, whole_file
 from .hypernet import GHN
 from .plugin import label, save_config
+from .tiling import tile_into
 
 
 class _Entry:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..assign import predict_from_graph, tile
+from ..assign import predict_from_graph
 from ..checkpoints.load import load_ghn
 from ..creation import DeferredFills, create_predicted
 from ..devices import has_bf16
@@ -33,6 +33,7 @@ from ..errors import GHNError
 from ..graph import trace
 from ..graph.tape import input_candidates, output_tensors
 from ..hypernet import GHN
+from ..tiling import tile
 from ..training.data import load_dataset
 from ..workers import process_pool
 from .calibration import calibrate

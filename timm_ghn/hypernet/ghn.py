@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from ..assign import tile
 from ..graph.computation_graph import (
     BRANCH_SCALE,
     NORM_PRIMITIVES,
@@ -26,6 +25,7 @@ from ..graph.computation_graph import (
     ComputationGraph,
     Operands,
 )
+from ..tiling import tile
 from .config import GHNConfig
 from .decoder import DECODERS
 from .encoder import Shape4d, ShapeEncoder, is_grid_of_channels, shape_to_4d
@@ -133,7 +133,7 @@ class GHN(
         Returns:
             For each graph, parameter name to *tile*: a normalised tensor with the parameter's number of dimensions, as
             large as the parameter or, where the parameter exceeds `max_shape`, the part of which it is made of copies
-            (`timm_ghn.assign.tile`). That of a fused projection that was predicted in parts has all rows. A norm's bias
+            (`timm_ghn.tiling.tile`). That of a fused projection that was predicted in parts has all rows. A norm's bias
             comes with its weight, whether or not the norm has one.
         """
         if not graphs:
