@@ -49,6 +49,7 @@ def launch(target: str, arguments: Sequence[str], module: bool = False) -> None:
     if not getattr(sys.flags, "safe_path", False):  # python -P; before 3.11 there is none
         sys.path[0] = os.getcwd() if module else str(Path(target).resolve().parent)
         _import_as_the_script_will()
+    importlib.import_module("timm")  # with the hook; what stands in its way is told here, not by the script
     try:
         if module:
             runpy.run_module(target, run_name="__main__", alter_sys=True)
@@ -68,10 +69,10 @@ def launch(target: str, arguments: Sequence[str], module: bool = False) -> None:
 def _import_as_the_script_will() -> None:
     """Exchanges timm for the one that `sys.path` leads to by now, such as the clone's beside its train.py.
 
-    The hook needs timm, so another one was imported before the script's folder was known. Nothing has used it yet.
+    Another one may have been imported before the script's folder was known. Nothing has used it yet.
     """
-    spec = PathFinder.find_spec("timm")
-    if spec is None or spec.origin is None or Path(spec.origin).samefile(str(sys.modules["timm"].__file__)):
+    spec, imported = PathFinder.find_spec("timm"), sys.modules.get("timm")
+    if imported is None or spec is None or spec.origin is None or Path(spec.origin).samefile(str(imported.__file__)):
         return
     importlib.invalidate_caches()
     package = sys.modules["timm_ghn"]
