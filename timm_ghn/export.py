@@ -17,7 +17,7 @@ from .creation import build_unwritten
 from .errors import GHNError
 from .files import safetensors_header, whole_file
 from .hypernet import GHN
-from .plugin import label, save_config
+from .pretrained_cfg import label, save_config
 from .tiling import tile_into
 
 

@@ -15,7 +15,6 @@ import inspect
 import logging
 import threading
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -28,6 +27,7 @@ from .checkpoints.load import load_ghn, stated_config
 from .creation import create_predicted
 from .errors import CheckpointError, GHNError
 from .hypernet import Images
+from .pretrained_cfg import WEIGHTS_FIELDS, label, prepared
 
 logger = logging.getLogger("timm_ghn.plugin")
 
@@ -36,11 +36,6 @@ _factory = importlib.import_module("timm.models._factory")
 _builder = importlib.import_module("timm.models._builder")
 _registry = importlib.import_module("timm.models._registry")
 
-# What a pretrained cfg says about the weights it was made for, which predicted weights are not.
-_WEIGHTS_FIELDS = (
-    "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "label_offset", "license", "description",
-    "origin_url", "paper_name", "paper_ids", "notes", "label_names", "label_descriptions",
-)  # fmt: skip
 _SOURCE_FIELDS = ("url", "file", "state_dict", "hf_hub_id", "source")
 _UNKNOWN = object()
 _GHN_KWARGS = [name for name in inspect.signature(initialize).parameters if name not in ("model", "ghn")]
@@ -208,14 +203,14 @@ def _update_registry(tags: Iterable[str]) -> None:
     with _lock:
         entries = _state().entries
         cfgs = _registry._model_pretrained_cfgs
-        images = {tag: _prepared(_images(tag)) for tag in tags}
+        images = {tag: prepared(_images(tag)) for tag in tags}
         for arch in _registry._model_entrypoints.keys() - _registry._deprecated_models.keys():
             default = cfgs.get(arch)
             for tag in images:
                 entry = f"{arch}.{tag}"
                 if entry in cfgs and (entry not in entries or entries[entry] is default):
                     continue
-                blank = dict.fromkeys(_WEIGHTS_FIELDS)
+                blank = dict.fromkeys(WEIGHTS_FIELDS)
                 fields = {**blank, "custom_load": False, "architecture": arch, "tag": tag, **images[tag]}
                 cfgs[entry] = dataclasses.replace(default or timm.models.PretrainedCfg(), **fields)
                 _registry._model_has_pretrained.add(entry)
@@ -229,17 +224,6 @@ def _images(tag: str) -> Images | None:
     except (CheckpointError, OSError):  # whoever loads it is told
         return None
     return None if config is None else config.images
-
-
-def _prepared(images: Images | None) -> dict[str, Any]:
-    """The fields of a timm cfg that say how to prepare images.
-
-    The size is not among them: there it says what the architecture takes, and decides which size a model gets.
-    """
-    if images is None:
-        return {}
-    fields = {"mean": images.mean, "std": images.std, "crop_pct": images.crop_pct, "test_crop_pct": None}
-    return fields if images.interpolation is None else {**fields, "interpolation": images.interpolation}
 
 
 def _ghn_tag(arch: str, pretrained_cfg: Any) -> str | None:
@@ -339,32 +323,6 @@ def _build(
     model = entrypoint(pretrained=False, pretrained_cfg=pretrained_cfg, **kwargs)
     label(model, tag, images, has_head)
     return model
-
-
-def label(model: nn.Module, tag: str, images: Images | None, has_head: bool) -> None:
-    """Makes a model's cfg say that its weights are a GHN's, and nothing of those it was written for.
-
-    Args:
-        model: A timm model.
-        tag: The GHN's.
-        images: What it was trained with; None leaves what the cfg says of images.
-        has_head: Whether the classification layer is predicted, if it has the GHN's classes, whose names then hold.
-    """
-    cfg = getattr(model, "pretrained_cfg", None)
-    if isinstance(cfg, dict):  # default_cfg is the same object
-        for field in _WEIGHTS_FIELDS:
-            cfg.pop(field, None)
-        cfg.update(tag=tag, custom_load=False, **_prepared(images))
-        if cfg.get("test_crop_pct", "") is None:
-            del cfg["test_crop_pct"]
-        names = images.label_names if images and has_head else None
-        if names and len(names) == getattr(model, "num_classes", None):
-            cfg.update(num_classes=len(names), label_names=names)
-
-
-def save_config(model: nn.Module, file: Path) -> None:
-    """Writes the config.json with which timm makes the model from a directory or a repository."""
-    importlib.import_module("timm.models._hub").save_config_for_hf(model, file)
 
 
 def _load_pretrained(
