@@ -42,7 +42,8 @@ from torch import nn
 from tqdm import tqdm
 
 import timm_ghn
-from timm_ghn import hub
+from timm_ghn.checkpoints.catalog import CATALOG
+from timm_ghn.checkpoints.load import load_ghn
 from timm_ghn.command_line import (
     Parser,
     architecture_name,
@@ -51,11 +52,12 @@ from timm_ghn.command_line import (
     integer,
     output_directory,
     positive,
-    process_pool,
 )
-from timm_ghn.evaluation import accuracy, calibrate, create_model
+from timm_ghn.evaluation.accuracy import accuracy, create_model
+from timm_ghn.evaluation.calibration import calibrate
 from timm_ghn.finetune import PREPARATIONS
 from timm_ghn.training.data import ImageDataset, load_dataset
+from timm_ghn.workers import process_pool
 
 MODELS = (
     "resnet10t", "regnetx_002", "dla46_c", "mobilenetv3_small_050", "edgenext_xx_small", "convnext_atto",
@@ -199,7 +201,7 @@ def chosen_sections(parser: argparse.ArgumentParser, arguments: argparse.Namespa
 
 def hash_of(ghn: str) -> str:
     """Of a published checkpoint, that of its file; of any other, that of its tensors."""
-    pin = hub.hub_configs().get(ghn)
+    pin = CATALOG.published.get(ghn)
     if pin is not None and pin.sha256 is not None:
         return pin.sha256
     digest = hashlib.sha256()
@@ -268,7 +270,7 @@ def prepare_worker(arguments: argparse.Namespace) -> None:
     if arguments.ghn not in timm_ghn.list_ghns():
         timm_ghn.register("compared", arguments.ghn)
         arguments.ghn = "compared"
-    hub.load_ghn(arguments.ghn)  # once, so that it is in no run's time
+    load_ghn(arguments.ghn)  # once, so that it is in no run's time
 
 
 load = functools.lru_cache(maxsize=4)(load_dataset)

@@ -40,10 +40,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from timm_ghn.command_line import Parser, exit_status, integer, output_directory
+from timm_ghn.devices import has_bf16
 from timm_ghn.hypernet import GHN, GHNConfig
 from timm_ghn.ops.reference import gated_gnn_reference
 from timm_ghn.training.architectures import SPLITS, Architecture, architecture
-from timm_ghn.training.command import has_bf16
 from timm_ghn.training.config import TrainConfig
 from timm_ghn.training.folding import unfold
 from timm_ghn.training.optimizers import new_optimizer

@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from timm_ghn.checkpoints.load import load_ghn
 from timm_ghn.command_line import Parser, exit_status, integer, output_directory, positive
-from timm_ghn.hub import load_ghn
 from timm_ghn.training.architectures import families
 from timm_ghn.training.config import TrainConfig
 from timm_ghn.training.data import load_dataset

@@ -14,7 +14,8 @@ import torch
 from hub_server import HubServer
 from safetensors.torch import save_file
 
-from timm_ghn import hub
+from timm_ghn.checkpoints.catalog import CATALOG
+from timm_ghn.checkpoints.load import SHARED
 from timm_ghn.hypernet import GHN, GHNConfig
 
 # Tests leave the user's cache of graphs alone.
@@ -63,17 +64,17 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def tags() -> Iterator[None]:
     """Forgets the tags that a test registers."""
-    before = dict(hub._registered)
+    before = dict(CATALOG.registered)
     yield
-    hub._registered.clear()
-    hub._registered.update(before)
+    CATALOG.registered.clear()
+    CATALOG.registered.update(before)
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
     """A Hub of our own and an empty cache, for the client in this process."""
     constants = huggingface_hub.constants
-    hub._loaded.clear()
+    SHARED.clear()
     with HubServer() as server:
         monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its protocol is not served

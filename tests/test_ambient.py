@@ -17,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
-from timm_ghn import hub, initialize, load_ghn, plugin, predict, trace
+from timm_ghn import initialize, load_ghn, plugin, predict, trace
+from timm_ghn.checkpoints.catalog import CATALOG
 from timm_ghn.export import export
 
 TAG = "ghn-ambient"
@@ -27,7 +28,7 @@ MODELS = ("test_resnet", "test_vit")
 @pytest.fixture(autouse=True)
 def installed(tags: None, ghn_file: Path) -> None:
     plugin.install()
-    hub.register(TAG, ghn_file)
+    CATALOG.register(TAG, ghn_file)
 
 
 class _Louder(TorchFunctionMode):

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from timm_ghn.assign import predict_from_graph, tile
+from timm_ghn.assign import predict_from_graph
 from timm_ghn.graph import ComputationGraph, trace
 from timm_ghn.graph.computation_graph import Operands, Part
 from timm_ghn.graph.fused import regular
 from timm_ghn.hypernet import GHN, GHNConfig
+from timm_ghn.tiling import tile
 
 SMALL = {"max_shape": (16, 16, 3, 3), "hid": 16}
 

@@ -18,7 +18,8 @@ import torch
 from timm.models import resnet
 from timm.models.resnet import BasicBlock
 
-from timm_ghn import creation, hub, trace
+from timm_ghn import creation, trace
+from timm_ghn.checkpoints.catalog import CATALOG
 from timm_ghn.errors import TraceError
 from timm_ghn.graph import cache
 
@@ -32,7 +33,7 @@ def folder(tags: None, ghn_file: Path, tmp_path: Path, monkeypatch: pytest.Monke
     """An empty cache."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path))
     monkeypatch.delenv("TIMM_GHN_CACHE", raising=False)
-    hub.register(TAG, ghn_file)
+    CATALOG.register(TAG, ghn_file)
     yield cache.directory()
 
 
@@ -261,7 +262,7 @@ def test_damaged_entries_are_passed_over(damage: str, traced: list[str], folder:
     assert len(traced) == 2
     assert equal(create(), expected)
     assert len(traced) == (3 if damage == "folder" else 2)
-    assert not list(folder.glob("*.tmp"))
+    assert not list(folder.glob("*.part"))
 
 
 def test_a_graph_is_not_used_for_other_parameters() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -170,12 +168,3 @@ def test_the_same_as_initialize(ghn: GHN) -> None:
     assert (report.predicted, report.kept) == (expected.predicted, expected.kept)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     assert set(report.seconds) == {"build", "trace", "predict", "fill", "assign"}
-
-
-def test_importing_the_package_is_light() -> None:
-    """What only a command, training or a picture needs is not imported with it."""
-    code = "import sys, timm_ghn; print([name for name in sys.argv[1:] if name in sys.modules])"
-    heavy = ["rich", "matplotlib", "pyarrow", "joblib", "timm_ghn.training", "timm_ghn.cli", "timm_ghn.zoo"]
-    root = Path(__file__).resolve().parents[1]
-    process = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True, cwd=root)
-    assert process.stdout == "[]\n", process.stderr

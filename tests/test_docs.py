@@ -31,7 +31,7 @@ from torchvision.datasets import CIFAR10
 
 import timm_ghn
 from timm_ghn import cli, demo
-from timm_ghn.training import command
+from timm_ghn.commands import evaluate
 from timm_ghn.training.data import default_root, load_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,7 +39,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 NOT_RUN = {
     "pip install": "fetches from an index of packages",
-    "make demo": "makes an environment first; what it runs then has its tests in test_cli.py",
+    "make demo": "makes an environment first; what it runs then has its tests in commands/test_cli.py",
     "make test": "is this suite",
     "ruff check": "is run beside this suite",
     "timm-ghn verify ghn3_tm8": "needs the released file from the Hub",
@@ -127,7 +127,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: HubServer) ->
     """A working directory with all that the documents take for granted."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(command, "_CALIBRATION_BATCHES", 1)
+    monkeypatch.setattr(evaluate, "_CALIBRATION_BATCHES", 1)
     monkeypatch.chdir(tmp_path)
     expected = write_cifar10(default_root())
     write_cifar10(tmp_path / "data")

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_ghn.assign import tile
 from timm_ghn.hypernet import GHN, GHNConfig
+from timm_ghn.tiling import tile
 from timm_ghn.training.architectures import SPLITS, architecture
 from timm_ghn.training.folding import Folded, fold, fold_constant, unfold
 from timm_ghn.training.task import Task, prepare

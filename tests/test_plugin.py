@@ -21,8 +21,10 @@ from timm import create_model
 from timm.models import _builder, _factory, _registry
 from torch import nn
 
-from timm_ghn import hub, plugin
+from timm_ghn import plugin
 from timm_ghn.assign import predict
+from timm_ghn.checkpoints.catalog import CATALOG
+from timm_ghn.checkpoints.load import load_ghn
 from timm_ghn.errors import CheckpointError, GHNError
 from timm_ghn.export import export
 from timm_ghn.hypernet import Images
@@ -36,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def installed(tags: None, ghn_file: Path) -> Iterator[None]:
     """The plugin, and a random GHN for ten classes under TAG."""
     plugin.install()
-    hub.register(TAG, ghn_file)
+    CATALOG.register(TAG, ghn_file)
     yield
     plugin.uninstall()
     plugin.install()
@@ -104,7 +106,7 @@ NAMES = tuple("abcdefghij")
 def informed(save_ghn: Callable[..., Path], tmp_path: Path) -> str:
     """The tag of a GHN that says what images it was trained with."""
     images = {**PREPARED, "input_size": [3, 24, 24], "label_names": NAMES}
-    hub.register("ghn-informed", save_ghn(tmp_path / "informed.safetensors", images=Images(**images)))
+    CATALOG.register("ghn-informed", save_ghn(tmp_path / "informed.safetensors", images=Images(**images)))
     return "ghn-informed"
 
 
@@ -129,18 +131,18 @@ def test_images_are_prepared_as_in_the_training_of_the_ghn(name: str, informed: 
 
 
 def test_classes_are_named_in_files(informed: str, tmp_path: Path) -> None:
-    export(MODEL, tmp_path / "out", hub.load_ghn(informed), informed, num_classes=10)
+    export(MODEL, tmp_path / "out", load_ghn(informed), informed, num_classes=10)
     model = create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     assert tuple(model.pretrained_cfg["label_names"]) == NAMES
     assert tuple(model.pretrained_cfg["mean"]) == PREPARED["mean"]
 
 
 def test_a_tag_that_is_registered_again(informed: str, ghn_file: Path) -> None:
-    hub.register(informed, ghn_file)
+    CATALOG.register(informed, ghn_file)
     assert timm.get_pretrained_cfg(f"test_vit.{informed}").mean == timm.get_pretrained_cfg("test_vit").mean
     with pytest.raises(CheckpointError, match="timm's own"):
-        hub.register("r160_in1k", ghn_file)
-    assert "r160_in1k" not in hub.list_ghns() and timm.is_model_pretrained("test_resnet.r160_in1k")
+        CATALOG.register("r160_in1k", ghn_file)
+    assert "r160_in1k" not in CATALOG.list_ghns() and timm.is_model_pretrained("test_resnet.r160_in1k")
 
 
 def test_listing() -> None:
@@ -322,7 +324,7 @@ def test_a_failure_leaves_no_state_behind(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_ghn_is_loaded_before_the_model_is_built(tags: None, ghn_file: Path, tmp_path: Path) -> None:
     moved = tmp_path / "g.safetensors"
     moved.write_bytes(ghn_file.read_bytes())
-    hub.register("ghn-gone", moved)
+    CATALOG.register("ghn-gone", moved)
     moved.unlink()
     before = torch.get_rng_state()
     with pytest.raises(CheckpointError, match="no GHN checkpoint at"):
@@ -345,13 +347,13 @@ def test_an_unknown_ghn(kwargs: dict[str, Any]) -> None:
 
 def test_a_tag_of_timms_is_refused(ghn_file: Path) -> None:
     with pytest.raises(CheckpointError, match="'a1_in1k' is timm's own"):
-        hub.register("a1_in1k", ghn_file)
-    assert "a1_in1k" not in hub.list_ghns()
+        CATALOG.register("a1_in1k", ghn_file)
+    assert "a1_in1k" not in CATALOG.list_ghns()
     plugin.uninstall()
-    hub.register("a1_in1k", ghn_file)
+    CATALOG.register("a1_in1k", ghn_file)
     with pytest.raises(CheckpointError, match="'a1_in1k' is timm's own"):
         plugin.install()
-    del hub._registered["a1_in1k"]
+    del CATALOG.registered["a1_in1k"]
 
 
 # What stays as it was
@@ -449,7 +451,7 @@ def test_uninstall_leaves_timm_as_it_was() -> None:
     for _ in range(2):
         plugin.install()
         plugin.install()
-        hub.register("ghn-another", hub._registered[TAG])
+        CATALOG.register("ghn-another", str(CATALOG.registered[TAG]))
         create_model(MODEL, pretrained_cfg=TAG)
         timm.list_models(f"*.{TAG}", pretrained=True)
         assert snapshot() != before
@@ -470,10 +472,11 @@ modules = (timm, timm.models, _factory, _builder, _registry)
 copied = lambda value: value.copy() if isinstance(value, (dict, set, list)) else value
 before = [{name: copied(value) for name, value in vars(module).items() if name != "__builtins__"} for module in modules]
 import timm_ghn
-from timm_ghn import hub, plugin
+from timm_ghn import plugin
+from timm_ghn.checkpoints.catalog import CATALOG
 plugin.install()
 import sys
-hub.register("mine", sys.argv[1])
+CATALOG.register("mine", sys.argv[1])
 assert len(list_models("*.mine", pretrained=True)) == len(list_models())
 create_model("test_resnet", pretrained_cfg="mine")
 plugin.uninstall()
@@ -600,7 +603,7 @@ def test_threads() -> None:
     for thread in threads:
         thread.start()
     for index in range(5):
-        hub.register(f"ghn-{index}", hub._registered[TAG])
+        CATALOG.register(f"ghn-{index}", str(CATALOG.registered[TAG]))
     for thread in threads:
         thread.join()
     assert problems == []

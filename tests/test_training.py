@@ -8,6 +8,7 @@ import io
 import math
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,10 +22,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from timm_ghn.checkpoints.load import load_ghn
 from timm_ghn.cli import main
-from timm_ghn.hub import load_ghn
 from timm_ghn.hypernet import GHNConfig
-from timm_ghn.training import checkpoint, optimizers
+from timm_ghn.training import optimizers
 from timm_ghn.training import trainer as trainer_module
 from timm_ghn.training.architectures import Architecture, architecture
 from timm_ghn.training.checkpoint import TrainingError, load_checkpoint, save_checkpoint
@@ -330,8 +331,8 @@ def test_what_is_resumed_does_not_change_with_its_file(tmp_path: Path) -> None:
 def test_an_interrupted_save_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_checkpoint(tmp_path, 1, {"ghn": {"x": torch.ones(4)}}, {"step": 1})
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.shutil, "rmtree", lambda *args, **kwargs: None)  # the process is gone at once
-        patch.setattr(checkpoint.os, "rename", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # the process is gone at once
+        patch.setattr(os, "rename", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             save_checkpoint(tmp_path, 2, {"ghn": {"x": torch.zeros(4)}}, {"step": 2})
     assert len(list(tmp_path.iterdir())) == 2

@@ -6,13 +6,21 @@ Importing this package makes graph hypernetworks known to timm:
 
 from __future__ import annotations
 
-from .assign import Prediction, Report, initialize, predict
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .errors import CheckpointError, GHNError, PredictionError, TraceError
-from .evaluation import calibrate, rank
-from .graph import ComputationGraph, trace
-from .hub import list_ghns, load_ghn, register
-from .hypernet import GHN, GHNConfig
-from .plugin import install, uninstall
+from .with_timm import install_with_timm
+
+if TYPE_CHECKING:
+    from .assign import Prediction, Report, initialize, predict
+    from .checkpoints.catalog import list_ghns, register
+    from .checkpoints.load import load_ghn
+    from .evaluation.calibration import calibrate
+    from .evaluation.ranking import rank
+    from .graph import ComputationGraph, trace
+    from .hypernet import GHN, GHNConfig
+    from .plugin import install, uninstall
 
 __all__ = [
     "GHN",
@@ -36,4 +44,35 @@ __all__ = [
     "uninstall",
 ]
 
-install()
+# Where they are imported from when they are first used: torch and timm take seconds, which the command line's help and
+# programs that only may need this package do without.
+_HOMES = {
+    "GHN": "checkpoints.load",  # not from hypernet, since `from_pretrained` needs what loads
+    "ComputationGraph": "graph",
+    "GHNConfig": "hypernet",
+    "Prediction": "assign",
+    "Report": "assign",
+    "calibrate": "evaluation.calibration",
+    "initialize": "assign",
+    "install": "plugin",
+    "list_ghns": "checkpoints.catalog",
+    "load_ghn": "checkpoints.load",
+    "predict": "assign",
+    "rank": "evaluation.ranking",
+    "register": "checkpoints.catalog",
+    "trace": "graph",
+    "uninstall": "plugin",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+install_with_timm()

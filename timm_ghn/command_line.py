@@ -7,23 +7,20 @@ import contextlib
 import difflib
 import math
 import re
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, resource_tracker
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-import timm
-import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 
 from .errors import GHNError
+
+if TYPE_CHECKING:
+    from .training.data import ImageDataset
 
 EXIT_STATUS = "Exit status: 0 done; 1 failed, for the reason given; 2 wrong arguments; 130 interrupted by Ctrl-C."
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -57,45 +54,30 @@ def print_table(table: Table) -> None:
     Console().print(table, crop=False)
 
 
-@contextlib.contextmanager
-def process_pool(
-    workers: int, initializer: Callable[..., object], initargs: tuple[Any, ...]
-) -> Iterator[ProcessPoolExecutor]:
-    """Worker processes that Ctrl-C ends without a word.
-
-    Args:
-        workers: How many.
-        initializer: Called in each before anything else, with `initargs`.
-        initargs: What can be pickled.
-
-    Raises:
-        GHNError: If a worker is killed.
-    """
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (initializer, initargs))
-    try:
-        _hold_interrupts(True)
-        for _ in range(workers):
-            pool.submit(int)  # the first tasks start the processes
-        _hold_interrupts(False)
-        yield pool
-    except BrokenProcessPool as error:
-        raise GHNError("A worker process was killed, most likely for want of memory: use fewer --workers.") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+# --- arguments of several commands ------------------------------------------------------------------------------------
 
 
-def _hold_interrupts(hold: bool) -> None:
-    """Keeps Ctrl-C waiting, here and in processes that start now, each until it lets it through itself."""
-    if sys.platform != "win32":
-        if hold:
-            resource_tracker.ensure_running()  # whose start would let it through
-        signal.pthread_sigmask(signal.SIG_BLOCK if hold else signal.SIG_UNBLOCK, {signal.SIGINT})
+def add_ghn_argument(parser: argparse.ArgumentParser) -> None:
+    """What predicts."""
+    parser.add_argument("--ghn", default="ghn2", help="tag, directory, .safetensors file or hf-hub:org/repo@revision")
 
 
-def _start_worker(initializer: Callable[..., object], initargs: tuple[Any, ...]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    _hold_interrupts(False)
-    initializer(*initargs)
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which images, as `load_data` takes them."""
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", default="torch/cifar10", help="parquet file, image folder, torch/NAME or hfds/REPO")
+    data.add_argument("--holdout", type=integer(1), default=5000, help="training images to hold out for validation")
+    data.add_argument("--image-size", type=integer(1), help="bring all images to this size")
+    data.add_argument("--root", help="where torch/… and hfds/… keep their files; by default beside the Hub's cache")
+    data.add_argument("--download", action="store_true", help="let torch/… fetch what is missing")
+
+
+def load_data(args: argparse.Namespace, split: str) -> ImageDataset:
+    """The images that the arguments name."""
+    from .training.data import load_dataset
+
+    options = {name: getattr(args, name) for name in ("holdout", "image_size", "root", "download")}
+    return load_dataset(args.data, split, **options)
 
 
 # --- types of arguments -----------------------------------------------------------------------------------------------
@@ -134,6 +116,8 @@ def file_size(text: str) -> int:
 
 def device_name(text: str) -> str:
     """A device that this machine has."""
+    import torch  # not above: most commands show their options without it, and it takes seconds
+
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     count = torch.accelerator.device_count() if accelerator else 0
     with contextlib.suppress(RuntimeError):  # what is not even the name of one
@@ -146,6 +130,8 @@ def device_name(text: str) -> str:
 
 def architecture_name(text: str) -> str:
     """The name of an architecture that timm has."""
+    import timm
+
     if not timm.is_model(text):
         nearest = difflib.get_close_matches(text, timm.list_models(), n=1, cutoff=0.0)[0]
         raise argparse.ArgumentTypeError(f"timm has no architecture {text!r}: did you mean {nearest!r}?")

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import timm
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 
 from .ambient import plain_torch
-from .assign import Report, tile_into
+from .assign import Report
 from .creation import build_unwritten
 from .errors import GHNError
+from .files import safetensors_header, whole_file
 from .hypernet import GHN
-from .plugin import label, save_config
-
-_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+from .pretrained_cfg import label, save_config
+from .tiling import tile_into
 
 
 class _Entry:
@@ -82,54 +78,34 @@ def export(
     started = time.perf_counter()
     tiles = {id(parameter): prediction.tiles.get(key) for key, parameter in model.named_parameters()}
     state = model.state_dict(keep_vars=True)
-    entries = [_Entry(key, tensor.detach(), dtype, tiles.get(id(tensor))) for key, tensor in state.items()]
+    entries = {key: _Entry(key, tensor.detach(), dtype, tiles.get(id(tensor))) for key, tensor in state.items()}
 
     directory.mkdir(parents=True, exist_ok=True)
-    total, free = sum(entry.bytes for entry in entries), shutil.disk_usage(directory).free
+    total, free = sum(entry.bytes for entry in entries.values()), shutil.disk_usage(directory).free
     if total > free:
         raise GHNError(f"{name} takes {total:,} bytes, and {directory} has room for {free:,}.")
-    shards: list[list[_Entry]] = [[]]
-    for entry in entries:
-        if max_shard_size and shards[-1] and sum(e.bytes for e in shards[-1]) + entry.bytes > max_shard_size:
-            shards.append([])
-        shards[-1].append(entry)
-    files: dict[Path, list[_Entry]] = {}
-    for index, shard in enumerate(shards, 1):
-        suffix = f"-{index:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-        files[directory / f"model{suffix}.safetensors"] = shard
-    for file, shard in files.items():
-        _whole(file, lambda part, shard=shard: _write_safetensors(part, shard))  # type: ignore[misc]
-    if len(shards) > 1:
-        weight_map = {entry.name: file.name for file, shard in files.items() for entry in shard}
-        index_text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
-        _whole(directory / "model.safetensors.index.json", lambda part: part.write_text(index_text))
+    shards = split_state_dict_into_shards_factory(
+        entries, get_storage_size=lambda entry: entry.bytes, filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size or total,
+    )  # fmt: skip
+    files = [directory / name for name in shards.filename_to_tensors]
+    for file in files:
+        with whole_file(file) as part:
+            _write_safetensors(part, [entries[key] for key in shards.filename_to_tensors[file.name]])
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        with whole_file(directory / "model.safetensors.index.json") as part:
+            part.write_text(json.dumps(index, indent=2))
     save_config(model, directory / "config.json")
     prediction.report.seconds["write"] = time.perf_counter() - started
-    return prediction.report, list(files)
-
-
-def _whole(file: Path, write: Callable[[Path], object]) -> None:
-    """Lets a file appear only when it is complete."""
-    part = file.with_name(f"{file.name}.part")
-    try:
-        write(part)
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
+    return prediction.report, files
 
 
 def _write_safetensors(file: Path, entries: list[_Entry]) -> None:
-    """A safetensors file: the header's length in eight bytes, the header, then the tensors one after the other."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    position = 0
+    """A safetensors file, of which one tensor is in memory at a time."""
     # Those of wide types first, so that each lies at a multiple of its own size.
     entries = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
-    for entry in entries:
-        offsets = [position, position := position + entry.bytes]
-        header[entry.name] = {"dtype": _DTYPES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
     with file.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.write(safetensors_header((entry.name, entry.dtype, entry.shape) for entry in entries))
         for entry in entries:
             stream.write(entry.make().view(-1).view(torch.uint8).numpy().data)

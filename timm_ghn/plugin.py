@@ -15,18 +15,19 @@ import inspect
 import logging
 import threading
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import timm
 from torch import nn
 
-from . import hub
 from .assign import initialize
+from .checkpoints.catalog import CATALOG
+from .checkpoints.load import load_ghn, stated_config
 from .creation import create_predicted
 from .errors import CheckpointError, GHNError
 from .hypernet import Images
+from .pretrained_cfg import WEIGHTS_FIELDS, label, prepared
 
 logger = logging.getLogger("timm_ghn.plugin")
 
@@ -35,11 +36,6 @@ _factory = importlib.import_module("timm.models._factory")
 _builder = importlib.import_module("timm.models._builder")
 _registry = importlib.import_module("timm.models._registry")
 
-# What a pretrained cfg says about the weights it was made for, which predicted weights are not.
-_WEIGHTS_FIELDS = (
-    "url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "label_offset", "license", "description",
-    "origin_url", "paper_name", "paper_ids", "notes", "label_names", "label_descriptions",
-)  # fmt: skip
 _SOURCE_FIELDS = ("url", "file", "state_dict", "hf_hub_id", "source")
 _UNKNOWN = object()
 _GHN_KWARGS = [name for name in inspect.signature(initialize).parameters if name not in ("model", "ghn")]
@@ -95,7 +91,7 @@ def install() -> None:
         state = _state()
         if state.hooks == _HOOKS and all(getattr(*place) is now for place, (_, now) in state.placed.items()):
             return
-        for tag in hub.list_ghns():
+        for tag in CATALOG.list_ghns():
             _refuse_timm_tag(tag)
         _retire(state)  # another copy of this module may have been here
         setattr(_registry, _STATE, state)
@@ -108,9 +104,9 @@ def install() -> None:
                 state.placed[module, name] = current, replacement
                 setattr(module, name, replacement)
         state.hooks.update(_HOOKS)
-        hub.on_register.append(_on_register)
-        state.withdraw = functools.partial(_forget, hub.on_register, _on_register)
-        _update_registry(hub.list_ghns())
+        CATALOG.on_register.append(_on_register)
+        state.withdraw = functools.partial(_forget, CATALOG.on_register, _on_register)
+        _update_registry(CATALOG.list_ghns())
 
 
 def uninstall() -> None:
@@ -207,14 +203,14 @@ def _update_registry(tags: Iterable[str]) -> None:
     with _lock:
         entries = _state().entries
         cfgs = _registry._model_pretrained_cfgs
-        images = {tag: _prepared(_images(tag)) for tag in tags}
+        images = {tag: prepared(_images(tag)) for tag in tags}
         for arch in _registry._model_entrypoints.keys() - _registry._deprecated_models.keys():
             default = cfgs.get(arch)
             for tag in images:
                 entry = f"{arch}.{tag}"
                 if entry in cfgs and (entry not in entries or entries[entry] is default):
                     continue
-                blank = dict.fromkeys(_WEIGHTS_FIELDS)
+                blank = dict.fromkeys(WEIGHTS_FIELDS)
                 fields = {**blank, "custom_load": False, "architecture": arch, "tag": tag, **images[tag]}
                 cfgs[entry] = dataclasses.replace(default or timm.models.PretrainedCfg(), **fields)
                 _registry._model_has_pretrained.add(entry)
@@ -224,21 +220,10 @@ def _update_registry(tags: Iterable[str]) -> None:
 def _images(tag: str) -> Images | None:
     """How the images of a GHN's training were prepared, if that is known before it is loaded."""
     try:
-        config = hub.stated_config(tag)
+        config = stated_config(tag)
     except (CheckpointError, OSError):  # whoever loads it is told
         return None
     return None if config is None else config.images
-
-
-def _prepared(images: Images | None) -> dict[str, Any]:
-    """The fields of a timm cfg that say how to prepare images.
-
-    The size is not among them: there it says what the architecture takes, and decides which size a model gets.
-    """
-    if images is None:
-        return {}
-    fields = {"mean": images.mean, "std": images.std, "crop_pct": images.crop_pct, "test_crop_pct": None}
-    return fields if images.interpolation is None else {**fields, "interpolation": images.interpolation}
 
 
 def _ghn_tag(arch: str, pretrained_cfg: Any) -> str | None:
@@ -251,16 +236,16 @@ def _ghn_tag(arch: str, pretrained_cfg: Any) -> str | None:
         tag = str(pretrained_cfg)
         if f"{arch}.{tag}" in _registry._model_pretrained_cfgs and f"{arch}.{tag}" not in _state().entries:
             return None
-        if tag not in hub.list_ghns():
+        if tag not in CATALOG.list_ghns():
             if tag.lower().startswith("ghn"):
-                hub.resolve(tag)
+                CATALOG.find(tag)
             return None
         return tag
     if dataclasses.is_dataclass(pretrained_cfg):
         pretrained_cfg = vars(pretrained_cfg)
     # A whole cfg is what timm's scripts pass on; one with a source describes weights that exist, a fine-tuned model's.
     if isinstance(pretrained_cfg, dict) and not any(map(pretrained_cfg.get, _SOURCE_FIELDS)):
-        return pretrained_cfg["tag"] if pretrained_cfg.get("tag") in hub.list_ghns() else None
+        return pretrained_cfg["tag"] if pretrained_cfg.get("tag") in CATALOG.list_ghns() else None
     return None
 
 
@@ -309,7 +294,7 @@ def _model_entrypoint(
         build = functools.partial(_build, entrypoint, model_name, tag, pretrained_cfg, kwargs)
         if not asked:
             return build(_images(tag))
-        ghn = hub.load_ghn(tag)  # first, so that a missing one costs no time
+        ghn = load_ghn(tag)  # first, so that a missing one costs no time
         build = functools.partial(build, ghn.config.images, ghn_kwargs.get("head") != "keep")
         model, report = create_predicted(build, ghn, **ghn_kwargs)
         logger.info("%s by %s:\n%s", model_name, tag, report)
@@ -340,32 +325,6 @@ def _build(
     return model
 
 
-def label(model: nn.Module, tag: str, images: Images | None, has_head: bool) -> None:
-    """Makes a model's cfg say that its weights are a GHN's, and nothing of those it was written for.
-
-    Args:
-        model: A timm model.
-        tag: The GHN's.
-        images: What it was trained with; None leaves what the cfg says of images.
-        has_head: Whether the classification layer is predicted, if it has the GHN's classes, whose names then hold.
-    """
-    cfg = getattr(model, "pretrained_cfg", None)
-    if isinstance(cfg, dict):  # default_cfg is the same object
-        for field in _WEIGHTS_FIELDS:
-            cfg.pop(field, None)
-        cfg.update(tag=tag, custom_load=False, **_prepared(images))
-        if cfg.get("test_crop_pct", "") is None:
-            del cfg["test_crop_pct"]
-        names = images.label_names if images and has_head else None
-        if names and len(names) == getattr(model, "num_classes", None):
-            cfg.update(num_classes=len(names), label_names=names)
-
-
-def save_config(model: nn.Module, file: Path) -> None:
-    """Writes the config.json with which timm makes the model from a directory or a repository."""
-    importlib.import_module("timm.models._hub").save_config_for_hf(model, file)
-
-
 def _load_pretrained(
     original: Callable[..., Any], model: nn.Module, pretrained_cfg: Any = None, *args: Any, **kwargs: Any
 ) -> None:
@@ -375,12 +334,12 @@ def _load_pretrained(
     if tag is None:
         original(model, pretrained_cfg, *args, **kwargs)
     else:
-        initialize(model, hub.load_ghn(tag))
+        initialize(model, load_ghn(tag))
 
 
 def _expand_filter(original: Callable[..., Any], filter: str) -> list[str]:
     expanded: list[str] = original(filter)
-    tags = hub.list_ghns()
+    tags = CATALOG.list_ghns()
     _update_registry(tags)
     return [_TagFilter(part) if _named_tags(part, tags) else part for part in expanded]
 
@@ -397,7 +356,7 @@ def _filter_names(original: Callable[..., Any], names: Iterable[str], pattern: s
     if found or not isinstance(pattern, _TagFilter):
         return found
     architectures = {name.partition(".")[0] for name in names}
-    tags = _named_tags(pattern, hub.list_ghns())
+    tags = _named_tags(pattern, CATALOG.list_ghns())
     return fnmatch.filter((f"{arch}.{tag}" for arch in architectures for tag in tags), pattern)
 
 

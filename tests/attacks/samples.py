@@ -12,9 +12,9 @@ import joblib
 import torch
 from safetensors.torch import save
 
-from timm_ghn.convert import convert_file
+from timm_ghn.checkpoints.convert import convert_file
+from timm_ghn.checkpoints.load import load_ghn
 from timm_ghn.errors import CheckpointError
-from timm_ghn.hub import load_ghn
 from timm_ghn.hypernet import GHN, GHNConfig
 
 TINY = {"num_classes": 2, "max_shape": (4, 4, 1, 1), "hid": 4, "heads": 2}

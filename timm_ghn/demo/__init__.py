@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -16,13 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ..command_line import output_file, print_table
+from ..command_line import print_table
 from ..creation import create_predicted
-from ..errors import GHNError
-from ..evaluation import calibrate, create_model
-from ..hub import load_ghn
+from ..evaluation.accuracy import create_model
+from ..evaluation.calibration import calibrate
 from ..hypernet import GHN
-from ..training.data import ImageDataset, load_dataset
+from ..training.data import ImageDataset
 
 IMAGES = Path(__file__).parent / "cifar10"
 """200 of CIFAR-10's training images that `ghn2` was not trained on; `benchmarks/demo_images.py` chose them."""
@@ -39,46 +37,12 @@ _ARCHITECTURES = (
 _CLASSIFIERS = ("resnet18", "resnet50", "regnety_004", "efficientnet_b0", "convnext_atto", "vit_tiny_patch16_224")
 _MOST_IMAGES = 1_000
 _BATCH = 250
-_DRAWN = 2  # images of each class
 
 console = Console()
 
 
-def add_demo_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``timm-ghn demo``."""
-    parser.add_argument("--ghn", default="ghn2", help="tag, directory, .safetensors file or hf-hub:org/repo@revision")
-    parser.add_argument(
-        "--cifar10", metavar="FILE",
-        help="more images: the last 5,000 of a parquet file in the schema of the Hub's uoft-cs/cifar10",
-    )  # fmt: skip
-    parser.add_argument(
-        "--picture", type=output_file(".png"), default="demo.png", metavar="FILE",
-        help="where images, labels and predictions are drawn (default: %(default)s)",
-    )  # fmt: skip
-    parser.set_defaults(run=demo)
-
-
-def demo(args: argparse.Namespace) -> None:
-    """Runs ``timm-ghn demo``."""
-    ghn = load_ghn(args.ghn)
-    images = load_dataset(args.cifar10, "val") if args.cifar10 else load_dataset(str(IMAGES), "all")
-    if images.num_classes != len(CLASSES):
-        raise GHNError(f"{args.cifar10} has {images.num_classes} classes, not CIFAR-10's {len(CLASSES)}.")
-    _time(args.ghn, ghn)
-    if ghn.config.num_classes != len(CLASSES):
-        console.print(f"\n{args.ghn} predicts {ghn.config.num_classes} classes, not CIFAR-10's: it is shown no images.")
-        return
-    predictions, test = _classify(images, ghn)
-    # The first ones of each class: nobody chose those that look good.
-    drawn = torch.cat([(test.labels == label).nonzero()[:_DRAWN] for label in range(len(CLASSES))], 1).flatten()
-    shown = {name: classes[drawn] for name, classes in predictions.items()}
-    args.picture.parent.mkdir(parents=True, exist_ok=True)
-    caption = f"Held-out images of CIFAR-10, and what networks see in them whose weights were predicted by {args.ghn}"
-    draw(test.images[drawn], test.labels[drawn], shown, caption).save(args.picture)
-    console.print(f"\n{len(drawn)} of the images and what each network sees in them: {args.picture}", highlight=False)
-
-
-def _time(tag: str, ghn: GHN) -> None:
+def time_creation(tag: str, ghn: GHN) -> None:
+    """Prints how long several architectures take to make, at random and by prediction."""
     table = Table("architecture", "parameters", "predicted", "random init", "by prediction", title=f"by {tag}")
     for column in table.columns[1:]:
         column.justify = "right"
@@ -100,7 +64,7 @@ def _time(tag: str, ghn: GHN) -> None:
     console.print(f"\n{name}, in detail\n{report}", highlight=False, markup=False)
 
 
-def _classify(images: ImageDataset, ghn: GHN) -> tuple[dict[str, Tensor], ImageDataset]:
+def classify(images: ImageDataset, ghn: GHN) -> tuple[dict[str, Tensor], ImageDataset]:
     """The classes that predicted networks see in every other image, and these images."""
     rows = torch.arange(min(len(images), _MOST_IMAGES))
     calibration, test = ([images.batch(part) for part in half.split(_BATCH)] for half in (rows[::2], rows[1::2]))

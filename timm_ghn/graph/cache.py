@@ -12,13 +12,13 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 import zlib
 from pathlib import Path
 
 import huggingface_hub.constants
 from torch import nn
 
+from ..files import whole_file
 from .computation_graph import ComputationGraph
 from .fingerprint import fingerprint
 
@@ -57,14 +57,8 @@ def store(file: Path, graph: ComputationGraph) -> None:
     text = json.dumps(graph.to_dict(), separators=(",", ":")).encode()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(b"%08x\n" % zlib.crc32(text) + text)
-            os.replace(temporary, file)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with whole_file(file) as part:
+            part.write_bytes(b"%08x\n" % zlib.crc32(text) + text)
         _make_room(file.parent)
     except OSError as error:
         logger.debug("graphs are not cached in %s: %s", file.parent, error)

@@ -6,9 +6,9 @@ import copy
 import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub import ModelHubMixin
@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from ..assign import tile
 from ..graph.computation_graph import (
     BRANCH_SCALE,
     NORM_PRIMITIVES,
@@ -26,6 +25,7 @@ from ..graph.computation_graph import (
     ComputationGraph,
     Operands,
 )
+from ..tiling import tile
 from .config import GHNConfig
 from .decoder import DECODERS
 from .encoder import Shape4d, ShapeEncoder, is_grid_of_channels, shape_to_4d
@@ -47,6 +47,9 @@ class GHN(
 
     `from_pretrained`, `save_pretrained` and `push_to_hub` are huggingface_hub's, with safetensors as the only format.
     """
+
+    loader: ClassVar[Callable[[str], GHN]]
+    """What `from_pretrained` reads with: `timm_ghn.load_ghn`, set where that is defined, on top of this class."""
 
     def __init__(self, config: GHNConfig):
         super().__init__()
@@ -87,10 +90,8 @@ class GHN(
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, revision: str | None, **_: Any) -> GHN:
-        from ..hub import load_ghn  # the loader builds GHNs, so it cannot be imported above
-
         source = model_id if Path(model_id).exists() else f"hf-hub:{model_id}" + (f"@{revision}" if revision else "")
-        return copy.deepcopy(load_ghn(source))  # the loader shares what it loaded
+        return copy.deepcopy(cls.loader(source))  # the loader shares what it loaded
 
     def node_states(self, graphs: Sequence[ComputationGraph], predict_head: bool = True) -> torch.Tensor:
         """States [N, d] of all nodes of the graphs, one graph after the other, ready for the decoders."""
@@ -132,7 +133,7 @@ class GHN(
         Returns:
             For each graph, parameter name to *tile*: a normalised tensor with the parameter's number of dimensions, as
             large as the parameter or, where the parameter exceeds `max_shape`, the part of which it is made of copies
-            (`timm_ghn.assign.tile`). That of a fused projection that was predicted in parts has all rows. A norm's bias
+            (`timm_ghn.tiling.tile`). That of a fused projection that was predicted in parts has all rows. A norm's bias
             comes with its weight, whether or not the norm has one.
         """
         if not graphs:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from timm_ghn.errors import GHNError
+from timm_ghn.files import remove_unfinished, whole_directory, whole_files
 from timm_ghn.hypernet import GHN
 
 logger = logging.getLogger("timm_ghn.training")
 
 _PREFIX = "step-"
-_UNFINISHED = ".unfinished-"
 
 
 class TrainingError(GHNError):
@@ -43,19 +40,18 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor
     Raises:
         TrainingError: If it cannot be written, because the disk is full, say.
     """
-
-    def fill(unfinished: Path) -> None:
-        for name, values in tensors.items():
-            save_file({key: value.contiguous() for key, value in values.items()}, unfinished / f"{name}.safetensors")
-        (unfinished / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-
     earlier = _checkpoints(folder)
     target = folder / f"{_PREFIX}{step:09d}"
     if target in earlier:
         return
     intact = f"the checkpoint of step {_step(earlier[-1])} is intact" if earlier else "there is no earlier checkpoint"
     try:
-        _write_whole(folder, fill, lambda unfinished: os.rename(unfinished, target))
+        remove_unfinished(folder)
+        with whole_directory(target) as unfinished:
+            for name, values in tensors.items():
+                contiguous = {key: value.contiguous() for key, value in values.items()}
+                save_file(contiguous, unfinished / f"{name}.safetensors")
+            (unfinished / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise TrainingError(
             f"Cannot write a checkpoint to {folder} ({error}); {intact}: make room and resume."
@@ -99,44 +95,13 @@ def export(directory: Path, ghn: GHN, card: str) -> None:
     Raises:
         TrainingError: If they cannot be written.
     """
-
-    def fill(unfinished: Path) -> None:
-        (unfinished / "README.md").write_text(card, encoding="utf-8")  # otherwise the Hub's mixin writes its own
-        ghn.save_pretrained(unfinished)
-
-    def publish(unfinished: Path) -> None:
-        for file in unfinished.iterdir():
-            os.replace(file, directory / file.name)
-
     try:
-        _write_whole(directory, fill, publish)
+        remove_unfinished(directory)
+        with whole_files(directory) as unfinished:
+            (unfinished / "README.md").write_text(card, encoding="utf-8")  # otherwise the Hub's mixin writes its own
+            ghn.save_pretrained(unfinished)
     except (OSError, SafetensorError) as error:
         raise TrainingError(f"Cannot export the GHN to {directory} ({error}); make room and resume.") from error
-
-
-def _write_whole(folder: Path, fill: Callable[[Path], None], publish: Callable[[Path], None]) -> None:
-    """Fills a temporary directory, makes sure it is on the disk, and only then publishes it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for left_over in folder.glob(f"{_UNFINISHED}*"):
-        shutil.rmtree(left_over, ignore_errors=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder))
-    try:
-        fill(unfinished)
-        for path in (*unfinished.iterdir(), unfinished):
-            path.chmod(0o755 if path.is_dir() else 0o644)  # temporary ones are private, checkpoints are not
-            _flush(path)
-        publish(unfinished)
-        _flush(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _checkpoints(folder: Path) -> list[Path]:

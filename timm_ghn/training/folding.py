@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from timm_ghn.assign import tile
+from timm_ghn.tiling import tile
 
 Size = Sequence[int]
 

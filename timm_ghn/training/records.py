@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from timm_ghn.checkpoints import card
+from timm_ghn.hypernet import GHNConfig
+
 logger = logging.getLogger("timm_ghn.training")
 
 COLUMNS = (
@@ -68,28 +71,7 @@ def plot_curves(log: Path, picture: Path) -> None:
     figure.savefig(picture)
 
 
-_CARD = """---
-library_name: timm-ghn
-license: apache-2.0
-tags:
-- graph-hypernetwork
-- timm
-- image-classification
----
-
-# A graph hypernetwork for {classes} classes
-
-It reads a network's architecture as a graph and predicts the network's parameters in one forward pass. Trained on
-{images:,} images of {size}×{size} pixels with [timm-ghn](https://github.com/timm-ghn/timm-ghn).
-
-```python
-import timm, timm_ghn
-
-timm_ghn.register("mine", "path/to/this/directory")
-model = timm.create_model("resnet50", pretrained_cfg="mine", num_classes={classes})
-```
-
-| | |
+_DETAILS = """| | |
 |---|---|
 | Architecture-steps | {architecture_steps:,} ({steps:,} steps of {meta_batch} networks, {batch_size} images each) |
 | Time | {minutes:.0f} minutes on {processes} |
@@ -115,6 +97,13 @@ Top-1 is that of predicted weights without a gradient step, with batch norms usi
 def model_card(config: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
     """The README of an exported GHN: a run's configuration, and the `facts` that the template asks for."""
     training = {name: value for name, value in config.items() if name != "ghn"}
-    return _CARD.format(
-        **{**config, **facts, "ghn": json.dumps(config["ghn"], indent=2), "training": json.dumps(training, indent=2)}
+    ghn, training_text = json.dumps(config["ghn"], indent=2), json.dumps(training, indent=2)
+    project = "[timm-ghn](https://github.com/timm-ghn/timm-ghn)"
+    return card.model_card(
+        GHNConfig.from_dict(config["ghn"]),
+        name="A graph hypernetwork for {classes} classes".format(**facts),
+        license="apache-2.0",
+        trained_on="{images:,} images of {size}×{size} pixels with {project}".format(**facts, project=project),
+        source=card.DIRECTORY,
+        details=_DETAILS.format(**{**config, **facts, "ghn": ghn, "training": training_text}),
     )

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from timm_ghn.assign import tile
 from timm_ghn.graph import ComputationGraph, trace
+from timm_ghn.tiling import tile
 from timm_ghn.training.architectures import Architecture
 from timm_ghn.training.folding import fold, fold_constant, unfold
 

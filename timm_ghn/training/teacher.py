@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -21,6 +19,7 @@ from safetensors.torch import save_file
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from torch import Tensor, nn
 
+from timm_ghn.files import whole_files
 from timm_ghn.training.checkpoint import TrainingError
 from timm_ghn.training.data import ImageDataset
 
@@ -68,10 +67,8 @@ def soft_labels(
         logger.info("the teacher has %.1f %% on validation images", accuracy)
     facts = {"data": json.dumps(fingerprint(train)), "validation": "" if accuracy is None else f"{accuracy:.2f}"}
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory) as folder:
-            save_file({"logits": logits}, Path(folder) / FILE, facts)
-            os.replace(Path(folder) / FILE, file)
+        with whole_files(directory) as unfinished:
+            save_file({"logits": logits}, unfinished / FILE, facts)
     except (OSError, SafetensorError) as error:
         raise TrainingError(f"Cannot write the teacher's labels to {file} ({error}); make room and resume.") from error
     return logits

@@ -1,0 +1,1 @@
+"""The sub-commands of ``timm-ghn``, a module each."""

@@ -1,0 +1,50 @@
+"""Predict several architectures, and classify images with some."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from rich.console import Console
+
+from ..checkpoints.load import load_ghn
+from ..command_line import add_ghn_argument, output_file
+from ..demo import CLASSES, IMAGES, classify, draw, time_creation
+from ..errors import GHNError
+from ..training.data import load_dataset
+
+_DRAWN = 2  # images of each class
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What predicts, on which images, and where the picture goes."""
+    add_ghn_argument(parser)
+    parser.add_argument(
+        "--cifar10", metavar="FILE",
+        help="more images: the last 5,000 of a parquet file in the schema of the Hub's uoft-cs/cifar10",
+    )  # fmt: skip
+    parser.add_argument(
+        "--picture", type=output_file(".png"), default="demo.png", metavar="FILE",
+        help="where images, labels and predictions are drawn (default: %(default)s)",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> None:
+    """Tables of times and accuracies, and the picture."""
+    console = Console()
+    ghn = load_ghn(args.ghn)
+    images = load_dataset(args.cifar10, "val") if args.cifar10 else load_dataset(str(IMAGES), "all")
+    if images.num_classes != len(CLASSES):
+        raise GHNError(f"{args.cifar10} has {images.num_classes} classes, not CIFAR-10's {len(CLASSES)}.")
+    time_creation(args.ghn, ghn)
+    if ghn.config.num_classes != len(CLASSES):
+        console.print(f"\n{args.ghn} predicts {ghn.config.num_classes} classes, not CIFAR-10's: it is shown no images.")
+        return
+    predictions, test = classify(images, ghn)
+    # The first ones of each class: nobody chose those that look good.
+    drawn = torch.cat([(test.labels == label).nonzero()[:_DRAWN] for label in range(len(CLASSES))], 1).flatten()
+    shown = {name: classes[drawn] for name, classes in predictions.items()}
+    args.picture.parent.mkdir(parents=True, exist_ok=True)
+    caption = f"Held-out images of CIFAR-10, and what networks see in them whose weights were predicted by {args.ghn}"
+    draw(test.images[drawn], test.labels[drawn], shown, caption).save(args.picture)
+    console.print(f"\n{len(drawn)} of the images and what each network sees in them: {args.picture}", highlight=False)

@@ -1,0 +1,136 @@
+"""Accuracy of predicted weights over architectures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+
+from timm_ghn.checkpoints.load import load_ghn
+from timm_ghn.command_line import (
+    add_data_arguments,
+    add_ghn_argument,
+    architecture_names,
+    device_name,
+    integer,
+    load_data,
+    output_directory,
+    print_table,
+)
+from timm_ghn.errors import GHNError
+from timm_ghn.evaluation.accuracy import ZOO, Measured, create_model, measure, seeded, summarize
+from timm_ghn.evaluation.pictures import plot_histogram
+from timm_ghn.training.architectures import SPLITS, architecture
+
+_BATCH = 250
+_CALIBRATION_BATCHES = 8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Images, networks, and where the result goes."""
+    add_data_arguments(parser)
+    add_ghn_argument(parser)
+    parser.add_argument(
+        "--source", choices=(*SPLITS, "zoo"), default="timm", help="random networks, or real ones of timm"
+    )
+    parser.add_argument(
+        "--split", default="test", help="of random networks: val, test; deepnets: also wide, deep, dense, bnfree"
+    )
+    parser.add_argument("--architectures", type=integer(1), default=100, help="measure the first so many")
+    parser.add_argument(
+        "--names", type=architecture_names,
+        help="of real networks, with commas between; some of ten families if not given",
+    )  # fmt: skip
+    parser.add_argument("--data-split", choices=("val", "test"), default="val", help="images to measure on")
+    parser.add_argument("--images", type=integer(1), default=5000, help="measure on the first so many")
+    parser.add_argument(
+        "--sgd-steps", type=integer(0), default=0, help="also measure so many steps of SGD from random weights"
+    )
+    parser.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--out", type=output_directory, default="evaluation", help="directory for results.json, histogram.png"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measures one network after the other and sums up."""
+    logging.basicConfig(format="%(message)s")
+    if args.source != "zoo" and args.names:
+        raise GHNError(f"--names are names in timm, but the networks of --source {args.source} are random: choose zoo.")
+    if args.source != "zoo" and args.split not in SPLITS[args.source]:
+        raise GHNError(f"{args.source} has no split {args.split!r}; choose from {', '.join(SPLITS[args.source])}.")
+    ghn = load_ghn(args.ghn, args.device)
+    train, data = (load_data(args, split).to(args.device) for split in ("train", args.data_split))
+    if data.num_classes != ghn.config.num_classes:
+        raise GHNError(
+            f"{args.data} has {data.num_classes} classes, {args.ghn} predicts {ghn.config.num_classes}; choose a GHN "
+            "trained for as many."
+        )
+    rows = torch.arange(min(args.images, len(data)), device=args.device)
+    test = [data.batch(part) for part in rows.split(_BATCH)]
+    generator = torch.Generator(args.device).manual_seed(0)
+    calibration = [train.sample(_BATCH, generator) for _ in range(_CALIBRATION_BATCHES)]
+
+    results = []
+    builders = _builders(args, data.num_classes, data.image_size)
+    for seed, (name, build) in enumerate(track(builders.items(), "measuring", console=Console(stderr=True))):
+        sample = partial(train.sample, 64, generator) if args.sgd_steps else None
+        build = seeded(build, seed, args.device)
+        results.append(
+            measure(name, build, ghn, calibration, test, random=True, sample=sample, sgd_steps=args.sgd_steps)
+        )
+    _report(args, results)
+
+
+def _builders(args: argparse.Namespace, num_classes: int, image_size: int) -> dict[str, Callable[[], nn.Module]]:
+    """What makes each network, by name."""
+    if args.source == "zoo":
+        names = args.names or ZOO[: args.architectures]
+        return {name: partial(create_model, name, num_classes, image_size) for name in names}
+    builders: dict[str, Callable[[], nn.Module]] = {}
+    for index in range(min(args.architectures, SPLITS[args.source][args.split].size)):
+        found = architecture(args.source, args.split, index, image_size=image_size)
+        builders[f"{index} {found.family}"] = partial(found.build, num_classes, image_size=image_size)
+    return builders
+
+
+def _report(args: argparse.Namespace, results: list[Measured]) -> None:
+    """Tables on the terminal, a JSON file and a picture in the directory."""
+    console = Console()
+    if len(results) <= 40:
+        table = Table("architecture", "parameters", "predicted", "top-1")
+        for result in results:
+            top1 = f"{result.accuracy['predicted']:.2%}" if result.error is None else escape(result.error)
+            table.add_row(result.name, f"{result.parameters / 1e6:.1f} M", f"{result.predicted_fraction:.1%}", top1)
+        print_table(table)
+    summaries = {}
+    table = Table("weights", "mean top-1", "standard error", "range", "architectures")
+    for kind, label in (("predicted", args.ghn), ("random", "random"), ("sgd", f"{args.sgd_steps} steps of SGD")):
+        summary = summarize(results, kind)
+        if summary.count:
+            single = summary.count == 1  # which has no standard error
+            summaries[kind] = {**asdict(summary), "error": None if single else summary.error}
+            bounds = f"{summary.smallest:.2%} to {summary.largest:.2%}"
+            error = "" if single else f"{summary.error:.2%}"
+            table.add_row(label, f"{summary.mean:.2%}", error, bounds, str(summary.count))
+    print_table(table)
+    told = {name: value for name, value in vars(args).items() if isinstance(value, (str, int, list, type(None)))}
+    everything = {"arguments": told, "summary": summaries, "architectures": [asdict(result) for result in results]}
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "results.json").write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
+    if summaries:
+        plot_histogram(results, args.out / "histogram.png")
+    console.print(f"written to {args.out}", highlight=False, markup=False)
+    if "predicted" not in summaries:
+        first = results[0]
+        raise GHNError(f"None of {len(results)} networks could be measured; the first, {first.name}: {first.error}")

@@ -1,0 +1,195 @@
+"""Train a GHN on images, over random architectures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from timm_ghn.checkpoints.load import load_ghn
+from timm_ghn.command_line import add_data_arguments, device_name, integer, load_data, output_directory, positive
+from timm_ghn.devices import has_bf16
+from timm_ghn.training.architectures import FAMILIES, SPLITS
+from timm_ghn.training.checkpoint import TrainingError, load_checkpoint
+from timm_ghn.training.config import PRESETS, SCHEDULES, TrainConfig
+from timm_ghn.training.optimizers import OPTIMIZERS
+from timm_ghn.training.teacher import soft_labels
+from timm_ghn.training.trainer import Trainer
+
+logger = logging.getLogger("timm_ghn.training")
+
+_GHN_ARGUMENTS = ("hypernet", "decoder", "hid", "layers", "heads", "rank", "max_shape", "split_attention")
+_RUN_ARGUMENTS = ("steps", "seed", "meta_batch", "batch_size", "optimizer", "lr", "schedule", "network_clip",
+                  "eval_every", "val_architectures", "val_images", "bf16")  # fmt: skip
+_TEACHERS_SHARE = 0.5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Data, run and config; those of the run's config have no default, so that a resumed run keeps its."""
+    add_data_arguments(parser)
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", type=output_directory, default="runs/ghn", help="the run's directory")
+    run.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    run.add_argument(
+        "--cooldown-from", type=Path, metavar="RUN",
+        help="go on from this run's checkpoint, its learning rate falling to 0 over --steps more or --minutes",
+    )  # fmt: skip
+    run.add_argument("--init", help="start from these weights: a tag, directory, .safetensors file or hf-hub:org/repo")
+    run.add_argument(
+        "--teacher", nargs="?", const="", metavar="RUN",
+        help="learn from the soft labels of a small network as well, which is trained first, or was for that run",
+    )  # fmt: skip
+    run.add_argument("--minutes", type=positive, help="wall-clock budget; without --steps it also sets the pace")
+    run.add_argument("--steps", type=integer(1), help="length of the run, which resumes exactly then")
+    run.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
+    run.add_argument(
+        "--workers", type=integer(0), default=1, help="processes that prepare architectures, for each process"
+    )
+
+    config = parser.add_argument_group("config")
+    config.add_argument("--preset", choices=PRESETS, help="recipe; ghn2 if not given")
+    config.add_argument("--config", type=Path, metavar="JSON", help="fields of TrainConfig that differ from the preset")
+    config.add_argument(
+        "--architectures", action="append", type=_share, metavar="SOURCE[:TIER[:MACS[:WEIGHT[:STEP]]]]",
+        help="a part of the mixture: families up to a tier (0 to 2), within so many multiply-accumulates, drawn as "
+        "often as its weight says, from this step on; may be repeated",
+    )  # fmt: skip
+    config.add_argument("--seed", type=integer(0))
+    config.add_argument("--meta-batch", type=integer(1), help="architectures a step, over all processes")
+    config.add_argument("--batch-size", type=integer(1), help="images for each of them")
+    config.add_argument("--optimizer", choices=OPTIMIZERS)
+    config.add_argument("--lr", type=positive)
+    config.add_argument("--schedule", choices=SCHEDULES, help="of the learning rate; constant for an open end")
+    config.add_argument("--network-clip", type=positive, help="limit for the norm of each network's gradient")
+    config.add_argument("--eval-every", type=integer(1), help="steps between validations and checkpoints")
+    config.add_argument("--val-architectures", type=integer(1))
+    config.add_argument("--val-images", type=integer(1))
+    config.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="by default where the device has it")
+    config.add_argument("--hypernet", choices=("gatedgnn", "graphormer", "mlp"))
+    config.add_argument("--decoder", choices=("conv", "mlp", "lowrank"))
+    config.add_argument("--hid", type=integer(1))
+    config.add_argument("--layers", type=integer(1))
+    config.add_argument("--heads", type=integer(1))
+    config.add_argument("--rank", type=integer(1), help="of a low-rank decoder's matrices")
+    config.add_argument(
+        "--split-attention",
+        action=argparse.BooleanOptionalAction,
+        help="predict queries, keys and values each by itself",
+    )
+    config.add_argument("--max-shape", type=_kernel, metavar="OUT,IN,H,W")
+
+
+def _share(text: str) -> dict[str, Any]:
+    source, *numbers = text.split(":")
+    if source not in FAMILIES:
+        raise argparse.ArgumentTypeError(f"{source!r} is not among {', '.join(FAMILIES)}")
+    kinds: dict[str, Callable[[str], Any]]
+    kinds = {
+        "families": integer(0, 2), "max_macs": lambda text: int(positive(text)), "weight": positive,
+        "from_step": integer(0),
+    }  # fmt: skip
+    if len(numbers) > len(kinds):
+        raise argparse.ArgumentTypeError(f"{text!r} has more parts than SOURCE:TIER:MACS:WEIGHT:STEP")
+    share: dict[str, Any] = {name: kind(n) for (name, kind), n in zip(kinds.items(), numbers, strict=False)}
+    if numbers:
+        tier = share["families"]
+        share["families"] = [name for name in SPLITS[source]["train"].families if FAMILIES[source][name].tier <= tier]
+        if not share["families"]:
+            raise argparse.ArgumentTypeError(f"{source} has no families up to tier {tier}")
+    return {"source": source, **share}
+
+
+def _kernel(text: str) -> list[int]:
+    sizes = [integer(1)(number) for number in text.split(",")]
+    if len(sizes) != 4:
+        raise argparse.ArgumentTypeError(f"{text!r} has {len(sizes)} numbers, not four")
+    return sizes
+
+
+def run(args: argparse.Namespace) -> None:
+    """Trains, from the beginning or from where a run was stopped."""
+    logging.basicConfig(format="%(message)s")
+    # A different network at every step has more shapes of convolution than the default remembers.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "20000")
+    with _processes(args.device) as device:
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        logging.getLogger("timm_ghn").setLevel(logging.INFO if first else logging.ERROR)
+        data, validation = load_data(args, "train"), load_data(args, "val")
+        init = load_ghn(args.init) if args.init else None
+        ghn = None if init is None else replace(init.config, images=None).to_dict()  # it may have seen others
+        config = _config(args, data.num_classes, ghn, device)
+        teacher = None
+        if config.teacher:
+            if not first:
+                dist.barrier()  # until the first process has written them
+            source = Path(args.teacher) if args.teacher else args.cooldown_from
+            teacher = soft_labels(args.out, data, validation, device, source)
+            if first and dist.is_initialized():
+                dist.barrier()
+        trainer = Trainer(
+            config, data, validation, args.out, device=device, workers=args.workers, init=init, resume=args.resume,
+            cooldown_from=None if args.resume else args.cooldown_from, teacher=teacher,
+        )  # fmt: skip
+        result = trainer.run(args.minutes)
+        logger.info(
+            "%d steps: validation %.2f %%; the best so far is in %s", trainer.step, result["val_mean"], args.out
+        )
+
+
+def _config(
+    args: argparse.Namespace, num_classes: int, ghn: dict[str, Any] | None, device: torch.device
+) -> TrainConfig:
+    """The config of the run: what is resumed, or a preset and a file, and over it what the command line says."""
+    fields: dict[str, Any]
+    if args.resume:
+        fields = load_checkpoint(args.out / "checkpoints")[1]["config"]
+    elif args.cooldown_from:
+        state = load_checkpoint(args.cooldown_from / "checkpoints")[1]
+        fields = {**state["config"], "schedule": "linear", "warmup": 0, "steps": None}
+        if args.steps is not None:
+            args.steps += state["step"]
+    else:
+        fields = {**PRESETS[args.preset or "ghn2"], "bf16": has_bf16(device)}
+    if args.config is not None:
+        try:
+            fields = {**fields, **json.loads(args.config.read_text(encoding="utf-8"))}
+        except (OSError, ValueError, TypeError) as error:
+            raise TrainingError(f"{args.config} is not a JSON object that can be read ({error}).") from error
+    fields.update({name: getattr(args, name) for name in _RUN_ARGUMENTS if getattr(args, name) is not None})
+    if args.architectures:
+        fields["architectures"] = args.architectures
+    if args.teacher is not None:
+        fields["teacher"] = fields.get("teacher") or _TEACHERS_SHARE
+    fields["ghn"] = {"num_classes": num_classes, **(ghn or fields.get("ghn", {}))}
+    fields["ghn"].update({name: getattr(args, name) for name in _GHN_ARGUMENTS if getattr(args, name) is not None})
+    return TrainConfig.from_dict(fields)
+
+
+@contextmanager
+def _processes(device: str) -> Iterator[torch.device]:
+    """Joins torchrun's process group, if there is one, and gives this process its device.
+
+    Small networks keep a GPU busy only if several processes share it, which NCCL does not allow and gloo does.
+    """
+    if "RANK" not in os.environ:
+        yield torch.device(device)
+        return
+    own, backend = torch.device(device), "gloo"
+    if own.type == "cuda":
+        own = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        torch.cuda.set_device(own)
+        backend = "nccl" if int(os.environ["LOCAL_WORLD_SIZE"]) <= torch.cuda.device_count() else "gloo"
+    dist.init_process_group(backend)
+    try:
+        yield own
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""What predicted weights are worth, measured."""
