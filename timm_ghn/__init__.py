@@ -6,6 +6,7 @@ Importing this package makes graph hypernetworks known to timm:
 
 from __future__ import annotations
 
+from .adaptation import AdaptReport, adapt
 from .assign import Prediction, Report, initialize, predict
 from .checkpoints.catalog import list_ghns, register
 from .checkpoints.load import load_ghn
@@ -18,6 +19,7 @@ from .plugin import install, uninstall
 
 __all__ = [
     "GHN",
+    "AdaptReport",
     "CheckpointError",
     "ComputationGraph",
     "GHNConfig",
@@ -26,6 +28,7 @@ __all__ = [
     "PredictionError",
     "Report",
     "TraceError",
+    "adapt",
     "calibrate",
     "initialize",
     "install",
