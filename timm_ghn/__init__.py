@@ -6,11 +6,11 @@ Importing this package makes graph hypernetworks known to timm:
 
 from __future__ import annotations
 
-from .adaptation import AdaptReport, adapt
 from .assign import Prediction, Report, initialize, predict
 from .checkpoints.catalog import list_ghns, register
 from .checkpoints.load import load_ghn
 from .errors import CheckpointError, GHNError, PredictionError, TraceError
+from .evaluation.adaptation import AdaptReport, adapt
 from .evaluation.calibration import calibrate
 from .evaluation.ranking import rank
 from .graph import ComputationGraph, trace

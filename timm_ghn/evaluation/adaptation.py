@@ -10,17 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .evaluation import (
-    _START,
-    _check_images,
-    _check_labels,
-    _described,
-    _device,
-    _has_statistics,
-    _modes_kept,
-    calibrate,
-)
-from .graph import trace
+from ..graph import trace
+from .batches import check_images, check_labels, described
+from .calibration import START, calibrate, device_of, has_statistics, modes_kept
 
 HEADS = ("ridge", "prototype")
 
@@ -94,9 +86,9 @@ def adapt(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], head: str 
     statistics = [
         (buffer, buffer.clone())
         for module in model.modules()
-        if _has_statistics(module)
+        if has_statistics(module)
         for name, buffer in module.named_buffers(recurse=False)
-        if name in _START
+        if name in START
     ]
     try:
         calibrate(model, batches)
@@ -129,20 +121,20 @@ def adapt(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], head: str 
 @torch.no_grad()
 def _gather(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[list[_Layer], list[_Moments]]:
     """The model's classifiers, and moments of what enters each."""
-    device = _device(model)
+    device = device_of(model)
     layers: list[_Layer] = []
     moments: list[_Moments] = []
-    with _modes_kept(model), contextlib.ExitStack() as hooks:
+    with modes_kept(model), contextlib.ExitStack() as hooks:
         model.eval()
         for images, labels in batches:
-            _check_images(images)
+            check_images(images)
             if not layers:
                 layers = _classifiers(model, images.shape[1:])
                 moments = [_Moments(layer.features, layer.classes, layer.bias is not None) for layer in layers]
                 for layer in layers:
                     hooks.callback(layer.module.register_forward_pre_hook(layer.keep).remove)
             output = model(images.to(device))
-            _check_labels(images, labels, layers[0].classes)
+            check_labels(images, labels, layers[0].classes)
             _check_output(output, layers)
             for layer, each in zip(layers, moments, strict=True):
                 each.add(layer.entered.double(), labels.to(device, torch.int64))
@@ -196,7 +188,7 @@ def _check_output(output: object, layers: list[_Layer]) -> None:
     expected = torch.stack([layer.logits() for layer in layers]).mean(0)
     tolerance = 100 * torch.finfo(expected.dtype).eps * float(expected.abs().amax())
     if not isinstance(output, Tensor) or output.shape != expected.shape:
-        found = _described(output)
+        found = described(output)
     elif torch.allclose(output, expected, rtol=0, atol=tolerance):
         return
     else:
