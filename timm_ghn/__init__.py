@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .assign import Prediction, Report, initialize, predict
     from .checkpoints.catalog import list_ghns, register
     from .checkpoints.load import load_ghn
+    from .evaluation.adaptation import AdaptReport, adapt
     from .evaluation.calibration import calibrate
     from .evaluation.ranking import rank
     from .graph import ComputationGraph, trace
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GHN",
+    "AdaptReport",
     "CheckpointError",
     "ComputationGraph",
     "GHNConfig",
@@ -32,6 +34,7 @@ __all__ = [
     "PredictionError",
     "Report",
     "TraceError",
+    "adapt",
     "calibrate",
     "initialize",
     "install",
@@ -47,11 +50,13 @@ __all__ = [
 # Where they are imported from when they are first used: torch and timm take seconds, which the command line's help and
 # programs that only may need this package do without.
 _HOMES = {
+    "AdaptReport": "evaluation.adaptation",
     "GHN": "checkpoints.load",  # not from hypernet, since `from_pretrained` needs what loads
     "ComputationGraph": "graph",
     "GHNConfig": "hypernet",
     "Prediction": "assign",
     "Report": "assign",
+    "adapt": "evaluation.adaptation",
     "calibrate": "evaluation.calibration",
     "initialize": "assign",
     "install": "plugin",

@@ -145,6 +145,18 @@ def architecture_names(text: str) -> list[str]:
     raise argparse.ArgumentTypeError(f"{text!r} names no architecture")
 
 
+def architecture_patterns(text: str) -> list[str]:
+    """Names of architectures that match names or wildcards, with commas between."""
+    import timm
+
+    names: list[str] = []
+    for pattern in filter(None, map(str.strip, text.split(","))):
+        if not (found := timm.list_models(pattern) if set(pattern) & set("*?[") else [architecture_name(pattern)]):
+            raise argparse.ArgumentTypeError(f"timm has no architecture like {pattern!r}")
+        names += found
+    return list(dict.fromkeys(names))
+
+
 @contextlib.contextmanager
 def _writing_to(text: str) -> Iterator[None]:
     try:

@@ -30,7 +30,6 @@ ZOO = (
 """Real architectures of ten families, to evaluate on."""
 
 
-@torch.no_grad()
 def accuracy(model: nn.Module, batches: Batches) -> float:
     """Share of the images whose class the model, in eval mode, gives the largest logit; its mode is left as it was.
 
@@ -40,8 +39,26 @@ def accuracy(model: nn.Module, batches: Batches) -> float:
         ValueError: If there are no images, a batch is empty or not finite, labels are not one index of the model's
             classes for each image, or the model's output is not one logit for each class.
     """
+    labels, answers, _ = _answers(model, batches)
+    return int((labels == answers).sum()) / len(labels)
+
+
+def confusion(model: nn.Module, batches: Batches) -> Tensor:
+    """int64 [classes, classes]: how many images of each class (rows) the model gives each answer (columns).
+
+    Images that it answers with NaN are not among them. Raises what `accuracy` raises.
+    """
+    labels, answers, classes = _answers(model, batches)
+    labels, answers = labels[answers >= 0], answers[answers >= 0]
+    return (labels * classes + answers).bincount(minlength=classes**2).view(classes, classes)
+
+
+@torch.no_grad()
+def _answers(model: nn.Module, batches: Batches) -> tuple[Tensor, Tensor, int]:
+    """Each image's label, the class with the largest logit or -1 for NaN, and how many classes there are."""
     device = device_of(model)
-    right = total = 0
+    found: list[tuple[Tensor, Tensor]] = []
+    classes = 0
     with modes_kept(model):
         model.eval()
         for images, labels in batches:
@@ -53,13 +70,14 @@ def accuracy(model: nn.Module, batches: Batches) -> float:
                     f"Accuracy needs a logit for each class, an output of shape ({len(images)}, classes), not "
                     f"{described(logits)}."
                 )
-            check_labels(images, labels, logits.shape[1])
-            answered = ~logits.isnan().any(1)
-            right += int(((logits.argmax(1) == labels.to(device)) & answered).sum())
-            total += len(labels)
-    if not total:
+            classes = logits.shape[1]
+            check_labels(images, labels, classes)
+            answers = logits.argmax(1).masked_fill(logits.isnan().any(1), -1)
+            found.append((labels.to("cpu", torch.int64), answers.cpu()))
+    if not found:
         raise ValueError("There are no images to measure the accuracy on; give at least one batch.")
-    return right / total
+    every_label, every_answer = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return every_label, every_answer, classes
 
 
 def sgd(model: nn.Module, sample: Callable[[], tuple[Tensor, Tensor]], steps: int) -> nn.Module:

@@ -16,7 +16,7 @@ from .batches import check_images
 logger = logging.getLogger("timm_ghn.evaluation")
 
 # Running statistics before there are any.
-_START = {"running_mean": 0, "running_var": 1, "num_batches_tracked": 0}
+START = {"running_mean": 0, "running_var": 1, "num_batches_tracked": 0}
 
 
 def calibrate(model: nn.Module, batches: Iterable[Tensor | tuple[Tensor, Tensor]]) -> nn.Module:
@@ -38,7 +38,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor | tuple[Tensor, Tensor]
         ValueError: If there are no batches, one is empty or not finite, or a statistic comes out not finite; the model
             is then as it was.
     """
-    norms = {name: module for name, module in model.named_modules() if _has_statistics(module)}
+    norms = {name: module for name, module in model.named_modules() if has_statistics(module)}
     without = [
         name
         for name, module in model.named_modules()
@@ -64,7 +64,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor | tuple[Tensor, Tensor]
             model.eval()
             for norm in calls:
                 norm.training = True
-                for name, value in _START.items():
+                for name, value in START.items():
                     if name in before[norm]:
                         norm.get_buffer(name).fill_(value)
             seen = 0
@@ -76,7 +76,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor | tuple[Tensor, Tensor]
         if not seen:
             raise ValueError("There are no batches to calibrate with; give at least one.")
         for name, norm in norms.items():
-            if not all(norm.get_buffer(key).isfinite().all() for key in _START if key in before[norm]):
+            if not all(norm.get_buffer(key).isfinite().all() for key in START if key in before[norm]):
                 raise ValueError(f"The statistics of {name} are not finite: its input for these images is too large.")
         measured = {norm for norm in calls if calls[norm]}
     finally:
@@ -100,7 +100,7 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _has_statistics(module: nn.Module) -> bool:
+def has_statistics(module: nn.Module) -> bool:
     return isinstance(getattr(module, "running_var", None), Tensor) and hasattr(module, "momentum")
 
 
