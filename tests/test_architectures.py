@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import subprocess
@@ -39,6 +40,21 @@ PINNED = {
 }
 
 
+# And a hash over the first two hundred of each.
+PINNED_SPLITS = {
+    ("timm", "train"): "d889a37c19394ea9",
+    ("timm", "val"): "d1464573099a7e2a",
+    ("timm", "test"): "e741a80f41452ed6",
+    ("deepnets", "train"): "9fbaa90852703cc7",
+    ("deepnets", "val"): "9de87623dbdb34be",
+    ("deepnets", "test"): "96c73ef3f7d49a58",
+    ("deepnets", "wide"): "e5b6fc6cf5faddd6",
+    ("deepnets", "deep"): "e7cfb7dbfc9fcf06",
+    ("deepnets", "dense"): "4c95be1a6508742f",
+    ("deepnets", "bnfree"): "b79a71be1f19e1ab",
+}
+
+
 def first_of(source: str, split: str, name: str, index: int = 0) -> Architecture:
     return architecture(source, split, index, families=[name])
 
@@ -52,6 +68,12 @@ def test_every_family_is_in_a_split() -> None:
 
 def test_pinned() -> None:
     assert {place: architecture(*place).key for place in PINNED} == PINNED
+    found = {}
+    for source, split in PINNED_SPLITS:
+        count = min(200, SPLITS[source][split].size)
+        keys = [architecture(source, split, index).key for index in range(count)]
+        found[source, split] = hashlib.blake2b(" ".join(keys).encode(), digest_size=8).hexdigest()
+    assert found == PINNED_SPLITS
 
 
 def test_same_in_another_process() -> None:
