@@ -17,9 +17,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from timm_ghn.training.deepnets import DEEPNETS_FAMILIES
-from timm_ghn.training.sampling import Config, Cost, Draw, Family
-from timm_ghn.training.timm_families import TIMM_FAMILIES
+from timm_ghn.training.families import FAMILIES
+from timm_ghn.training.sampling import Config, Cost, Draw
 
 
 @dataclass(frozen=True)
@@ -31,11 +30,6 @@ class Split:
     max_macs: int
     max_params: int
 
-
-FAMILIES: dict[str, dict[str, Family]] = {
-    "timm": {family.name: family for family in TIMM_FAMILIES},
-    "deepnets": {family.name: family for family in DEEPNETS_FAMILIES},
-}
 
 # Lists that never change: one family more would put another network at every index. Those that join are drawn by name.
 _TIMM_SPLIT = (

@@ -96,3 +96,22 @@ class Family:
 def halve(size: int) -> int:
     """Side of a feature map after a padded stride-2 layer."""
     return (size + 1) // 2
+
+
+# Narrow enough to be cheap, with most of the weight on the widths that real stems have.
+STEM_WIDTHS = (16, 24, 32, 32, 32, 40, 48, 48, 64, 64, 64, 64, 80, 96, 128)
+
+
+def stage_widths(draw: Draw, first: int, stages: int) -> list[int]:
+    """Channels per stage: doubling, as nearly every hierarchical network of the zoo does, or less regular."""
+    doubling = draw.chance(0.7)
+    widths = [first]
+    while len(widths) < stages:
+        growth = 2 if doubling else draw.choice((1, 1.5, 2, 2.5))
+        widths.append(round(widths[-1] * growth / 8) * 8)
+    return widths
+
+
+def stage_depths(draw: Draw, stages: int, most: int) -> list[int]:
+    """Blocks per stage, 1 to `most`."""
+    return [draw.between(1, most) for _ in range(stages)]
