@@ -25,10 +25,11 @@ from timm_ghn import evaluation
 from timm_ghn.command_line import architecture_names, device_name, integer, output_directory, positive, print_table
 from timm_ghn.errors import GHNError
 from timm_ghn.hub import load_ghn
-from timm_ghn.training.architectures import FAMILIES, SPLITS, architecture
+from timm_ghn.training.architectures import SPLITS, architecture, families
 from timm_ghn.training.checkpoint import TrainingError, load_checkpoint
 from timm_ghn.training.config import PRESETS, SCHEDULES, TrainConfig
 from timm_ghn.training.data import ImageDataset, load_dataset
+from timm_ghn.training.families import FAMILIES
 from timm_ghn.training.optimizers import OPTIMIZERS
 from timm_ghn.training.trainer import Trainer
 
@@ -80,9 +81,9 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     config.add_argument("--preset", choices=PRESETS, help="recipe; ghn2 if not given")
     config.add_argument("--config", type=Path, metavar="JSON", help="fields of TrainConfig that differ from the preset")
     config.add_argument(
-        "--architectures", action="append", type=_share, metavar="SOURCE[:TIER[:MACS[:WEIGHT[:STEP]]]]",
-        help="a part of the mixture: families up to a tier (0 to 2), within so many multiply-accumulates, drawn as "
-        "often as its weight says, from this step on; may be repeated",
+        "--architectures", action="append", type=_share, metavar="SOURCE[:FAMILIES[:MACS[:WEIGHT[:STEP]]]]",
+        help="a part of the mixture: families up to a tier (0 to 3), or those named, with commas between, within so "
+        "many multiply-accumulates, drawn as often as its weight says, from this step on; may be repeated",
     )  # fmt: skip
     config.add_argument("--seed", type=integer(0))
     config.add_argument("--meta-batch", type=integer(1), help="architectures a step, over all processes")
@@ -111,23 +112,31 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _share(text: str) -> dict[str, Any]:
-    source, *numbers = text.split(":")
+    source, *parts = text.split(":")
     if source not in FAMILIES:
         raise argparse.ArgumentTypeError(f"{source!r} is not among {', '.join(FAMILIES)}")
     kinds: dict[str, Callable[[str], Any]]
     kinds = {
-        "families": integer(0, 2), "max_macs": lambda text: int(positive(text)), "weight": positive,
+        "families": partial(_families, source), "max_macs": lambda text: int(positive(text)), "weight": positive,
         "from_step": integer(0),
     }  # fmt: skip
-    if len(numbers) > len(kinds):
-        raise argparse.ArgumentTypeError(f"{text!r} has more parts than SOURCE:TIER:MACS:WEIGHT:STEP")
-    share: dict[str, Any] = {name: kind(n) for (name, kind), n in zip(kinds.items(), numbers, strict=False)}
-    if numbers:
-        tier = share["families"]
-        share["families"] = [name for name in SPLITS[source]["train"].families if FAMILIES[source][name].tier <= tier]
-        if not share["families"]:
-            raise argparse.ArgumentTypeError(f"{source} has no families up to tier {tier}")
-    return {"source": source, **share}
+    if len(parts) > len(kinds):
+        raise argparse.ArgumentTypeError(f"{text!r} has more parts than SOURCE:FAMILIES:MACS:WEIGHT:STEP")
+    return {"source": source, **{name: kind(part) for (name, kind), part in zip(kinds.items(), parts, strict=False)}}
+
+
+def _families(source: str, text: str) -> list[str]:
+    """A source's families up to a tier, or those that are named."""
+    if text[:1].isalpha():
+        names = text.split(",")
+        if unknown := [name for name in names if name not in FAMILIES[source]]:
+            known = ", ".join(FAMILIES[source])
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not among the families of {source}: {known}")
+        return names
+    tier = integer(0, 3)(text)
+    if not (names := list(families(source, tier))):
+        raise argparse.ArgumentTypeError(f"{source} has no families up to tier {tier}")
+    return names
 
 
 def _kernel(text: str) -> list[int]:
@@ -227,6 +236,9 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split", default="test", help="of random networks: val, test; deepnets: also wide, deep, dense, bnfree"
     )
+    parser.add_argument(
+        "--families", help="draw random networks of these only, with commas between; or of all up to a tier (0 to 3)"
+    )
     parser.add_argument("--architectures", type=integer(1), default=100, help="measure the first so many")
     parser.add_argument(
         "--names", type=architecture_names,
@@ -251,6 +263,12 @@ def evaluate(args: argparse.Namespace) -> None:
         raise GHNError(f"--names are names in timm, but the networks of --source {args.source} are random: choose zoo.")
     if args.source != "zoo" and args.split not in SPLITS[args.source]:
         raise GHNError(f"{args.source} has no split {args.split!r}; choose from {', '.join(SPLITS[args.source])}.")
+    if args.source == "zoo" and args.families:
+        raise GHNError("--families are of random networks, not of real ones: choose --source timm or deepnets.")
+    try:
+        names = _families(args.source, args.families) if args.families else None
+    except argparse.ArgumentTypeError as error:
+        raise GHNError(f"--families: {error}.") from None
     ghn = load_ghn(args.ghn, args.device)
     train, data = (_load_data(args, split).to(args.device) for split in ("train", args.data_split))
     if data.num_classes != ghn.config.num_classes:
@@ -264,7 +282,7 @@ def evaluate(args: argparse.Namespace) -> None:
     calibration = [train.sample(_BATCH, generator) for _ in range(_CALIBRATION_BATCHES)]
 
     results = []
-    builders = _builders(args, data.num_classes, data.image_size)
+    builders = _builders(args, names, data.num_classes, data.image_size)
     for seed, (name, build) in enumerate(track(builders.items(), "measuring", console=Console(stderr=True))):
         sample = partial(train.sample, 64, generator) if args.sgd_steps else None
         build = evaluation.seeded(build, seed, args.device)
@@ -276,14 +294,16 @@ def evaluate(args: argparse.Namespace) -> None:
     _report(args, results)
 
 
-def _builders(args: argparse.Namespace, num_classes: int, image_size: int) -> dict[str, Callable[[], nn.Module]]:
+def _builders(
+    args: argparse.Namespace, families: list[str] | None, num_classes: int, image_size: int
+) -> dict[str, Callable[[], nn.Module]]:
     """What makes each network, by name."""
     if args.source == "zoo":
         names = args.names or evaluation.ZOO[: args.architectures]
         return {name: partial(evaluation.create_model, name, num_classes, image_size) for name in names}
     builders: dict[str, Callable[[], nn.Module]] = {}
     for index in range(min(args.architectures, SPLITS[args.source][args.split].size)):
-        found = architecture(args.source, args.split, index, image_size=image_size)
+        found = architecture(args.source, args.split, index, families=families, image_size=image_size)
         builders[f"{index} {found.family}"] = partial(found.build, num_classes, image_size=image_size)
     return builders
 

@@ -78,10 +78,12 @@ class Family:
 
     Attributes:
         name: What `Architecture.family` says.
-        tier: Difficulty for a hypernetwork, from 0 (plain and residual) to 2 (attention and token mixing).
+        tier: Difficulty for a hypernetwork, from 0 (plain and residual) to 2 (attention and token mixing); 3 for the
+            attention of every other kind that the zoo has.
         sample: Draws a configuration of plain numbers, strings, lists and dicts.
         build: (config, num_classes, in_chans, image_size) to a fresh module.
-        cost: (config, num_classes, in_chans, image_size) to its `Cost`, without building anything.
+        cost: (config, num_classes, in_chans, image_size) to its `Cost`, without building anything. None where it is
+            counted on the module's skeleton, which takes a thousand times as long.
         fixed_size: Whether the module only takes images of the size it was built for.
     """
 
@@ -89,7 +91,7 @@ class Family:
     tier: int
     sample: Callable[[Draw], Config]
     build: Callable[[Config, int, int, int], nn.Module] = field(repr=False)
-    cost: Callable[[Config, int, int, int], Cost] = field(repr=False)
+    cost: Callable[[Config, int, int, int], Cost] | None = field(default=None, repr=False)
     fixed_size: bool = False
 
 
