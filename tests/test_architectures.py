@@ -123,7 +123,9 @@ def test_splits_are_disjoint_where_networks_are_few() -> None:
 
 @pytest.mark.parametrize("name", JOINED)
 def test_splits_of_families_by_name_are_disjoint(name: str) -> None:
-    keys = {split: {first_of("timm", split, name, index).key for index in range(4)} for split in ("train", "val", "test")}
+    keys = {
+        split: {first_of("timm", split, name, index).key for index in range(4)} for split in ("train", "val", "test")
+    }
     assert {split: {key[0] in "01" for key in found} for split, found in keys.items()} == {
         "train": {False}, "val": {True}, "test": {True},
     }  # fmt: skip

@@ -128,7 +128,7 @@ def _share(text: str) -> dict[str, Any]:
 def _families(source: str, text: str) -> list[str]:
     """A source's families up to a tier, or those that are named."""
     if text[:1].isalpha():
-        names = text.split(",")
+        names = [name for part in text.split(",") if (name := part.strip())]
         if unknown := [name for name in names if name not in FAMILIES[source]]:
             known = ", ".join(FAMILIES[source])
             raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not among the families of {source}: {known}")
@@ -266,7 +266,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.source == "zoo" and args.families:
         raise GHNError("--families are of random networks, not of real ones: choose --source timm or deepnets.")
     try:
-        names = _families(args.source, args.families) if args.families else None
+        drawn_from = _families(args.source, args.families) if args.families else None
     except argparse.ArgumentTypeError as error:
         raise GHNError(f"--families: {error}.") from None
     ghn = load_ghn(args.ghn, args.device)
@@ -282,7 +282,7 @@ def evaluate(args: argparse.Namespace) -> None:
     calibration = [train.sample(_BATCH, generator) for _ in range(_CALIBRATION_BATCHES)]
 
     results = []
-    builders = _builders(args, names, data.num_classes, data.image_size)
+    builders = _builders(args, drawn_from, data.num_classes, data.image_size)
     for seed, (name, build) in enumerate(track(builders.items(), "measuring", console=Console(stderr=True))):
         sample = partial(train.sample, 64, generator) if args.sgd_steps else None
         build = evaluation.seeded(build, seed, args.device)
@@ -295,7 +295,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def _builders(
-    args: argparse.Namespace, families: list[str] | None, num_classes: int, image_size: int
+    args: argparse.Namespace, drawn_from: list[str] | None, num_classes: int, image_size: int
 ) -> dict[str, Callable[[], nn.Module]]:
     """What makes each network, by name."""
     if args.source == "zoo":
@@ -303,7 +303,7 @@ def _builders(
         return {name: partial(evaluation.create_model, name, num_classes, image_size) for name in names}
     builders: dict[str, Callable[[], nn.Module]] = {}
     for index in range(min(args.architectures, SPLITS[args.source][args.split].size)):
-        found = architecture(args.source, args.split, index, families=families, image_size=image_size)
+        found = architecture(args.source, args.split, index, families=drawn_from, image_size=image_size)
         builders[f"{index} {found.family}"] = partial(found.build, num_classes, image_size=image_size)
     return builders
 
