@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=positive, default=480, help="of CPU for each trial (default: %(default)s)")
     parser.add_argument("--max-macs", type=positive, default=12e6, help="of an architecture (default: %(default)s)")
     parser.add_argument(
-        "--tier", type=integer(0), default=2, help="families up to this difficulty (default: %(default)s)"
+        "--tier", type=integer(0, 3), default=2, help="families up to this difficulty (default: %(default)s)"
     )
     parser.add_argument("--init", help="start from these weights instead of from scratch")
     parser.add_argument("--trials", nargs="*", choices=TRIALS, default=list(TRIALS)[:5], help="which to run")

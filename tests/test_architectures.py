@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import subprocess
@@ -14,7 +15,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_ghn.graph import PRIMITIVES, trace
-from timm_ghn.training.architectures import FAMILIES, SPLITS, Architecture, architecture, families
+from timm_ghn.training.architectures import SPLITS, Architecture, architecture, families
+from timm_ghn.training.families import FAMILIES
 
 CASES = [
     (source, split, name)
@@ -23,6 +25,8 @@ CASES = [
     if split not in ("val", "test")
     for name in plan.families
 ]
+JOINED = [name for name in families("timm", max_tier=3) if FAMILIES["timm"][name].tier == 3]
+CASES += [("timm", "train", name) for name in JOINED]
 
 # The networks that these places of the splits have always held. A change here is a change of every published figure.
 PINNED = {
@@ -39,19 +43,43 @@ PINNED = {
 }
 
 
+# And a hash over the first two hundred of each.
+PINNED_SPLITS = {
+    ("timm", "train"): "d889a37c19394ea9",
+    ("timm", "val"): "d1464573099a7e2a",
+    ("timm", "test"): "e741a80f41452ed6",
+    ("deepnets", "train"): "9fbaa90852703cc7",
+    ("deepnets", "val"): "9de87623dbdb34be",
+    ("deepnets", "test"): "96c73ef3f7d49a58",
+    ("deepnets", "wide"): "e5b6fc6cf5faddd6",
+    ("deepnets", "deep"): "e7cfb7dbfc9fcf06",
+    ("deepnets", "dense"): "4c95be1a6508742f",
+    ("deepnets", "bnfree"): "b79a71be1f19e1ab",
+}
+
+
 def first_of(source: str, split: str, name: str, index: int = 0) -> Architecture:
     return architecture(source, split, index, families=[name])
 
 
-def test_every_family_is_in_a_split() -> None:
+def test_families_by_tier() -> None:
     assert {(source, name) for source, _, name in CASES} == {
         (s, name) for s, names in FAMILIES.items() for name in names
     }
     assert families("timm", max_tier=0) == ("plain", "residual", "bottleneck")
+    assert families("timm", max_tier=2) == SPLITS["timm"]["train"].families
+    assert families("deepnets", max_tier=3) == SPLITS["deepnets"]["train"].families, "none out of distribution"
+    assert len(JOINED) > 10
 
 
 def test_pinned() -> None:
     assert {place: architecture(*place).key for place in PINNED} == PINNED
+    found = {}
+    for source, split in PINNED_SPLITS:
+        count = min(200, SPLITS[source][split].size)
+        keys = [architecture(source, split, index).key for index in range(count)]
+        found[source, split] = hashlib.blake2b(" ".join(keys).encode(), digest_size=8).hexdigest()
+    assert found == PINNED_SPLITS
 
 
 def test_same_in_another_process() -> None:
@@ -67,6 +95,7 @@ def test_same_in_another_process() -> None:
 def test_draws_leave_global_random_state_alone() -> None:
     before = random.getstate(), torch.get_rng_state()
     architecture("timm", "train", 5).skeleton(10)
+    architecture("timm", "train", 5, families=["eva"]).skeleton(10)
     assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[1])
 
 
@@ -90,6 +119,31 @@ def test_splits_are_disjoint_where_networks_are_few() -> None:
         for split in ("train", "val", "test")
     }
     assert not keys["train"] & keys["val"] and not keys["train"] & keys["test"] and not keys["val"] & keys["test"]
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_splits_of_families_by_name_are_disjoint(name: str) -> None:
+    keys = {
+        split: {first_of("timm", split, name, index).key for index in range(4)} for split in ("train", "val", "test")
+    }
+    assert {split: {key[0] in "01" for key in found} for split, found in keys.items()} == {
+        "train": {False}, "val": {True}, "test": {True},
+    }  # fmt: skip
+    assert not keys["val"] & keys["test"]
+
+
+# What the graphs of timm's models of these kinds have no node for either.
+KEPT = {"cls_token", "reg_token", "latent", "freqs", "temperature", "logit_scale", "attention_biases", "gamma"}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_as_much_is_predicted_as_of_real_models(name: str) -> None:
+    for index in range(3):
+        candidate = first_of("timm", "train", name, index)
+        graph = trace(candidate.skeleton(10), None if candidate.fixed_size else (3, 224, 224))
+        kept = {parameter.rpartition(".")[2].rstrip("_0123456789") for parameter in graph.kept}
+        assert kept <= KEPT | {"relative_position_bias_table"}, candidate
+        assert len(graph.head) == 2 and graph.shapes[graph.names.index(graph.head[0])][0] == 10  # type: ignore[index]
 
 
 @pytest.mark.parametrize(("source", "split", "name"), CASES)
@@ -128,7 +182,8 @@ def test_all_primitives_occur() -> None:
     for source in FAMILIES:
         seen: Counter[str] = Counter()
         for index in range(24):
-            name = tuple(FAMILIES[source])[index % 2 if source == "deepnets" else index]
+            names = SPLITS[source]["train"].families
+            name = names[index % len(names)]
             candidate = first_of(source, "train", name, index)
             size = 32 if candidate.fixed_size else 224
             seen.update(trace(candidate.skeleton(10), (3, size, size)).ops)

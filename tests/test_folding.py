@@ -12,7 +12,7 @@ from torch import Tensor
 
 from timm_ghn.hypernet import GHN, GHNConfig
 from timm_ghn.tiling import tile
-from timm_ghn.training.architectures import SPLITS, architecture
+from timm_ghn.training.architectures import SPLITS, architecture, families
 from timm_ghn.training.folding import Folded, fold, fold_constant, unfold
 from timm_ghn.training.task import Task, prepare
 
@@ -98,13 +98,16 @@ def test_folded_tensors_tell_of_the_whole() -> None:
     assert not isinstance(varied, Folded)
 
 
-FAMILIES = [(source, family) for source in SPLITS for family in SPLITS[source]["train"].families]
+CASES = [(source, family, False) for source in SPLITS for family in families(source, max_tier=3)]
+CASES += [("timm", family, True) for family in families("timm", 3) if family not in SPLITS["timm"]["train"].families]
 
 
-@pytest.mark.parametrize("source, family", FAMILIES)
-def test_every_family_is_computed_exactly(source: str, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("source, family, split_attention", CASES)
+def test_every_family_is_computed_exactly(
+    source: str, family: str, split_attention: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
-    ghn = GHN(GHNConfig(num_classes=5, max_shape=(12, 12, 3, 3), hid=8))
+    ghn = GHN(GHNConfig(num_classes=5, max_shape=(12, 12, 3, 3), hid=8, split_attention=split_attention))
     # In float64: rectifiers make of the last digits of float32 whole digits of a gradient.
     prepared = prepare(architecture(source, "train", 7, families=[family], max_macs=10_000_000), 5, 32)
     fixed = {name: value.double() if value.is_floating_point() else value for name, value in prepared.fixed.items()}

@@ -382,7 +382,10 @@ def network(family: str) -> Architecture:
     return architecture("timm", "train", 3, families=[family], image_size=32)
 
 
-@pytest.mark.parametrize("family", ["bottleneck", "mobilenetv2", "convnext", "vit", "swin", "repvgg"])
+@pytest.mark.parametrize("family", [
+    "bottleneck", "mobilenetv2", "convnext", "vit", "swin", "repvgg", "eva", "cait", "xcit", "swinv2", "levit",
+    "maxvit",
+])  # fmt: skip
 def test_a_task_computes_what_its_network_does(family: str) -> None:
     """With the network's own parameters, a task is that network; whatever no GHN predicts is among its fixed values."""
     prepared = prepare(network(family), 5, 32)

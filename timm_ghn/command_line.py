@@ -157,6 +157,23 @@ def architecture_patterns(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def family_names(source: str, text: str) -> list[str]:
+    """A source's families up to a tier, or those that are named."""
+    from .training.architectures import families
+    from .training.families import FAMILIES
+
+    if text[:1].isalpha():
+        names = [name for part in text.split(",") if (name := part.strip())]
+        if unknown := [name for name in names if name not in FAMILIES[source]]:
+            known = ", ".join(FAMILIES[source])
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not among the families of {source}: {known}")
+        return names
+    tier = integer(0, 3)(text)
+    if not (names := list(families(source, tier))):
+        raise argparse.ArgumentTypeError(f"{source} has no families up to tier {tier}")
+    return names
+
+
 @contextlib.contextmanager
 def _writing_to(text: str) -> Iterator[None]:
     try:

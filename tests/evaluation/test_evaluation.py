@@ -308,6 +308,14 @@ def test_the_command(
     assert [row["name"] for row in results["architectures"]] == ["test_resnet", "test_vit"]
     assert all(row["error"] is None for row in results["architectures"])
     assert results["arguments"]["names"] == ["test_resnet", "test_vit"]
+    assert main([*arguments, "--families", "vit_patch4, levit", "--architectures", "3"]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {row["name"].split()[1] for row in results["architectures"]} <= {"vit_patch4", "levit"}
+    assert all(row["error"] is None for row in results["architectures"])
+    assert main([*arguments, "--families", "resnot"]) == 1
+    assert "--families: 'resnot' is not among the families of timm" in capsys.readouterr().err
+    assert main([*arguments, "--source", "zoo", "--families", "vit"]) == 1
+    assert "--families are of random networks" in capsys.readouterr().err
     assert main([*arguments, "--split", "wide"]) == 1
     assert "timm has no split 'wide'" in capsys.readouterr().err
     assert main([*arguments, "--ghn", str(save_ghn(tmp_path / "other.safetensors", num_classes=7))]) == 1

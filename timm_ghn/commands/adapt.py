@@ -36,7 +36,7 @@ from ..evaluation.accuracy import accuracy, confusion, create_model
 from ..evaluation.adaptation import HEADS, adapt
 from ..evaluation.pictures import plot_confusion
 from ..files import whole_file
-from ..plugin import label, save_config
+from ..pretrained_cfg import label, save_config
 from ..training.data import ImageDataset
 
 _BATCH = 100

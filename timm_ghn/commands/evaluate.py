@@ -22,6 +22,7 @@ from timm_ghn.command_line import (
     add_ghn_argument,
     architecture_names,
     device_name,
+    family_names,
     integer,
     load_data,
     output_directory,
@@ -46,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split", default="test", help="of random networks: val, test; deepnets: also wide, deep, dense, bnfree"
     )
+    parser.add_argument(
+        "--families", help="draw random networks of these only, with commas between; or of all up to a tier (0 to 3)"
+    )
     parser.add_argument("--architectures", type=integer(1), default=100, help="measure the first so many")
     parser.add_argument(
         "--names", type=architecture_names,
@@ -69,6 +73,12 @@ def run(args: argparse.Namespace) -> None:
         raise GHNError(f"--names are names in timm, but the networks of --source {args.source} are random: choose zoo.")
     if args.source != "zoo" and args.split not in SPLITS[args.source]:
         raise GHNError(f"{args.source} has no split {args.split!r}; choose from {', '.join(SPLITS[args.source])}.")
+    if args.source == "zoo" and args.families:
+        raise GHNError("--families are of random networks, not of real ones: choose --source timm or deepnets.")
+    try:
+        drawn_from = family_names(args.source, args.families) if args.families else None
+    except argparse.ArgumentTypeError as error:
+        raise GHNError(f"--families: {error}.") from None
     ghn = load_ghn(args.ghn, args.device)
     train, data = (load_data(args, split).to(args.device) for split in ("train", args.data_split))
     if data.num_classes != ghn.config.num_classes:
@@ -82,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
     calibration = [train.sample(_BATCH, generator) for _ in range(_CALIBRATION_BATCHES)]
 
     results = []
-    builders = _builders(args, data.num_classes, data.image_size)
+    builders = _builders(args, drawn_from, data.num_classes, data.image_size)
     for seed, (name, build) in enumerate(track(builders.items(), "measuring", console=Console(stderr=True))):
         sample = partial(train.sample, 64, generator) if args.sgd_steps else None
         build = seeded(build, seed, args.device)
@@ -92,14 +102,16 @@ def run(args: argparse.Namespace) -> None:
     _report(args, results)
 
 
-def _builders(args: argparse.Namespace, num_classes: int, image_size: int) -> dict[str, Callable[[], nn.Module]]:
+def _builders(
+    args: argparse.Namespace, drawn_from: list[str] | None, num_classes: int, image_size: int
+) -> dict[str, Callable[[], nn.Module]]:
     """What makes each network, by name."""
     if args.source == "zoo":
         names = args.names or ZOO[: args.architectures]
         return {name: partial(create_model, name, num_classes, image_size) for name in names}
     builders: dict[str, Callable[[], nn.Module]] = {}
     for index in range(min(args.architectures, SPLITS[args.source][args.split].size)):
-        found = architecture(args.source, args.split, index, image_size=image_size)
+        found = architecture(args.source, args.split, index, families=drawn_from, image_size=image_size)
         builders[f"{index} {found.family}"] = partial(found.build, num_classes, image_size=image_size)
     return builders
 

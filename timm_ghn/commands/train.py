@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,19 @@ import torch
 import torch.distributed as dist
 
 from timm_ghn.checkpoints.load import load_ghn
-from timm_ghn.command_line import add_data_arguments, device_name, integer, load_data, output_directory, positive
+from timm_ghn.command_line import (
+    add_data_arguments,
+    device_name,
+    family_names,
+    integer,
+    load_data,
+    output_directory,
+    positive,
+)
 from timm_ghn.devices import has_bf16
-from timm_ghn.training.architectures import FAMILIES, SPLITS
 from timm_ghn.training.checkpoint import TrainingError, load_checkpoint
 from timm_ghn.training.config import PRESETS, SCHEDULES, TrainConfig
+from timm_ghn.training.families import FAMILIES
 from timm_ghn.training.optimizers import OPTIMIZERS
 from timm_ghn.training.teacher import soft_labels
 from timm_ghn.training.trainer import Trainer
@@ -59,9 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     config.add_argument("--preset", choices=PRESETS, help="recipe; ghn2 if not given")
     config.add_argument("--config", type=Path, metavar="JSON", help="fields of TrainConfig that differ from the preset")
     config.add_argument(
-        "--architectures", action="append", type=_share, metavar="SOURCE[:TIER[:MACS[:WEIGHT[:STEP]]]]",
-        help="a part of the mixture: families up to a tier (0 to 2), within so many multiply-accumulates, drawn as "
-        "often as its weight says, from this step on; may be repeated",
+        "--architectures", action="append", type=_share, metavar="SOURCE[:FAMILIES[:MACS[:WEIGHT[:STEP]]]]",
+        help="a part of the mixture: families up to a tier (0 to 3), or those named, with commas between, within so "
+        "many multiply-accumulates, drawn as often as its weight says, from this step on; may be repeated",
     )  # fmt: skip
     config.add_argument("--seed", type=integer(0))
     config.add_argument("--meta-batch", type=integer(1), help="architectures a step, over all processes")
@@ -89,23 +98,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _share(text: str) -> dict[str, Any]:
-    source, *numbers = text.split(":")
+    source, *parts = text.split(":")
     if source not in FAMILIES:
         raise argparse.ArgumentTypeError(f"{source!r} is not among {', '.join(FAMILIES)}")
     kinds: dict[str, Callable[[str], Any]]
     kinds = {
-        "families": integer(0, 2), "max_macs": lambda text: int(positive(text)), "weight": positive,
+        "families": partial(family_names, source), "max_macs": lambda text: int(positive(text)), "weight": positive,
         "from_step": integer(0),
     }  # fmt: skip
-    if len(numbers) > len(kinds):
-        raise argparse.ArgumentTypeError(f"{text!r} has more parts than SOURCE:TIER:MACS:WEIGHT:STEP")
-    share: dict[str, Any] = {name: kind(n) for (name, kind), n in zip(kinds.items(), numbers, strict=False)}
-    if numbers:
-        tier = share["families"]
-        share["families"] = [name for name in SPLITS[source]["train"].families if FAMILIES[source][name].tier <= tier]
-        if not share["families"]:
-            raise argparse.ArgumentTypeError(f"{source} has no families up to tier {tier}")
-    return {"source": source, **share}
+    if len(parts) > len(kinds):
+        raise argparse.ArgumentTypeError(f"{text!r} has more parts than SOURCE:FAMILIES:MACS:WEIGHT:STEP")
+    return {"source": source, **{name: kind(part) for (name, kind), part in zip(kinds.items(), parts, strict=False)}}
 
 
 def _kernel(text: str) -> list[int]:

@@ -1,9 +1,9 @@
 """A million architectures by index, none of them stored.
 
-`architecture(source, split, index)` is a pure function: the same arguments give the same network on every machine, in
-microseconds, because only a small configuration is drawn; `Architecture.build` then makes the module. Splits cannot
-overlap: a hash of its configuration decides which of train, val and test a network belongs to, and draws that belong
-elsewhere are skipped.
+`architecture(source, split, index)` is a pure function: the same arguments give the same network on every machine, and
+in less than a millisecond, because only a small configuration is drawn; `Architecture.build` then makes the module.
+Splits cannot overlap: a hash of its configuration decides which of train, val and test a network belongs to, and draws
+that belong elsewhere are skipped.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from timm_ghn.training.deepnets import DEEPNETS_FAMILIES
-from timm_ghn.training.sampling import Config, Cost, Draw, Family
-from timm_ghn.training.timm_families import TIMM_FAMILIES
+from timm_ghn.training.families import FAMILIES
+from timm_ghn.training.sampling import Config, Cost, Draw
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,16 @@ class Split:
     max_params: int
 
 
-FAMILIES: dict[str, dict[str, Family]] = {
-    "timm": {family.name: family for family in TIMM_FAMILIES},
-    "deepnets": {family.name: family for family in DEEPNETS_FAMILIES},
-}
+# Lists that never change: one family more would put another network at every index. Those that join are drawn by name.
+_TIMM_SPLIT = (
+    "plain", "residual", "bottleneck", "se_residual", "resnext", "regnet", "repvgg", "byob_basic", "byob_bottle",
+    "mobilenetv2", "mobilenetv3", "efficientnet", "efficientnetv2", "vgg", "densenet", "convnext", "poolformer",
+    "poolformerv2", "convformer", "caformer", "vit", "mixer", "convmixer", "swin",
+)  # fmt: skip
 
 SPLITS: dict[str, dict[str, Split]] = {
     "timm": {
-        split: Split(size, tuple(FAMILIES["timm"]), 25_000_000, 10_000_000)
+        split: Split(size, _TIMM_SPLIT, 25_000_000, 10_000_000)
         for split, size in (("train", 1_000_000), ("val", 500), ("test", 500))
     },
     "deepnets": {
@@ -126,13 +129,25 @@ class Architecture:
             return self.build(num_classes, in_chans, image_size)
 
     def cost(self, num_classes: int = 10, in_chans: int = 3, image_size: int = 32) -> Cost:
-        """Multiply-accumulates of one image and number of parameters, without building the network."""
-        return FAMILIES[self.source][self.family].cost(self.config, num_classes, in_chans, image_size)
+        """Multiply-accumulates of one image, and number of parameters."""
+        added_up = FAMILIES[self.source][self.family].cost
+        if added_up is not None:
+            return added_up(self.config, num_classes, in_chans, image_size)
+        # On the CPU, with whatever is in memory: a forward pass on the meta device takes three times as long.
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]), _NoInitialisation():
+            model = self.build(num_classes, in_chans, image_size).eval().requires_grad_(False)
+            images = torch.empty(1, in_chans, image_size, image_size)
+        # As plain products, attention is counted on every device.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(images)
+        return Cost(counter.get_total_flops() // 2, sum(parameter.numel() for parameter in model.parameters()))
 
 
-def families(source: str, max_tier: int = 2) -> tuple[str, ...]:
-    """Names of a source's families up to a difficulty tier."""
-    return tuple(family.name for family in FAMILIES[source].values() if family.tier <= max_tier)
+def families(source: str, max_tier: int) -> tuple[str, ...]:
+    """Names of the families to train on up to a difficulty tier: the split's, and those that joined later."""
+    in_splits = {name for split in SPLITS[source].values() for name in split.families}
+    names = [*SPLITS[source]["train"].families, *(name for name in FAMILIES[source] if name not in in_splits)]
+    return tuple(name for name in names if FAMILIES[source][name].tier <= max_tier)
 
 
 def architecture(
@@ -181,7 +196,7 @@ def architecture(
         candidate = Architecture(source, family.name, config)
         if split in ("train", "val", "test") and _owner(candidate) != split:
             continue
-        cost = family.cost(config, 10, 3, image_size)
+        cost = candidate.cost(image_size=image_size)
         if cost.macs <= max_macs and cost.params <= max_params:
             return candidate
     raise ValueError(

@@ -78,10 +78,12 @@ class Family:
 
     Attributes:
         name: What `Architecture.family` says.
-        tier: Difficulty for a hypernetwork, from 0 (plain and residual) to 2 (attention and token mixing).
+        tier: Difficulty for a hypernetwork, from 0 (plain and residual) to 2 (attention and token mixing); 3 for the
+            attention of every other kind that the zoo has.
         sample: Draws a configuration of plain numbers, strings, lists and dicts.
         build: (config, num_classes, in_chans, image_size) to a fresh module.
-        cost: (config, num_classes, in_chans, image_size) to its `Cost`, without building anything.
+        cost: (config, num_classes, in_chans, image_size) to its `Cost`, without building anything. None where it is
+            counted on the module's skeleton, which takes a thousand times as long.
         fixed_size: Whether the module only takes images of the size it was built for.
     """
 
@@ -89,10 +91,29 @@ class Family:
     tier: int
     sample: Callable[[Draw], Config]
     build: Callable[[Config, int, int, int], nn.Module] = field(repr=False)
-    cost: Callable[[Config, int, int, int], Cost] = field(repr=False)
+    cost: Callable[[Config, int, int, int], Cost] | None = field(default=None, repr=False)
     fixed_size: bool = False
 
 
 def halve(size: int) -> int:
     """Side of a feature map after a padded stride-2 layer."""
     return (size + 1) // 2
+
+
+# Narrow enough to be cheap, with most of the weight on the widths that real stems have.
+STEM_WIDTHS = (16, 24, 32, 32, 32, 40, 48, 48, 64, 64, 64, 64, 80, 96, 128)
+
+
+def stage_widths(draw: Draw, first: int, stages: int) -> list[int]:
+    """Channels per stage: doubling, as nearly every hierarchical network of the zoo does, or less regular."""
+    doubling = draw.chance(0.7)
+    widths = [first]
+    while len(widths) < stages:
+        growth = 2 if doubling else draw.choice((1, 1.5, 2, 2.5))
+        widths.append(round(widths[-1] * growth / 8) * 8)
+    return widths
+
+
+def stage_depths(draw: Draw, stages: int, most: int) -> list[int]:
+    """Blocks per stage, 1 to `most`."""
+    return [draw.between(1, most) for _ in range(stages)]

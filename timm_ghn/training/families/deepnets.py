@@ -348,7 +348,7 @@ def _family(name: str, tier: int, attention: bool, split: str = "") -> Family:
     return Family(name, tier, partial(_sample, attention=attention, split=split), _build, _cost, fixed_size=True)
 
 
-DEEPNETS_FAMILIES = (
+FAMILIES = (
     _family("cells", 1, False),
     _family("transformer_cells", 2, True),
     # Beyond the training distribution (16 to 128 channels, 4 to 18 cells, 1 to 4 nodes, a norm unless shallow) in one
