@@ -1,0 +1,253 @@
+"""What `adapt` makes of images that no GHN was trained on, from predicted weights and from random ones.
+
+For each data set, number of images a class and architecture: the held-out accuracy of the network that
+`timm_ghn.adapt` makes of predicted weights, and of random ones (their features are not nothing: the honest baseline),
+and of a third that SGD trains from random weights for as many seconds as the predicted one took in all. With
+--finetune, the adapted networks are trained on for so many steps of SGD. Each training has the rate that is best when
+one half of its images is trained on and the other looked at. "pretrained" weights are timm's, where they can be had.
+
+Data sets are those of timm-ghn train, each with the side that its images are brought to behind a colon. Rows are kept
+in DIR/your_data.json as they come, and not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from graph_layer import machine
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import timm_ghn
+from timm_ghn.checkpoints.load import load_ghn
+from timm_ghn.command_line import (
+    Parser,
+    architecture_name,
+    device_name,
+    exit_status,
+    integer,
+    output_directory,
+    positive,
+)
+from timm_ghn.evaluation.accuracy import accuracy, create_model
+from timm_ghn.evaluation.adaptation import HEADS
+from timm_ghn.training.data import ImageDataset, load_dataset
+
+MODELS = (
+    "resnet10t", "regnetx_002", "dla46_c", "mobilenetv3_small_050", "edgenext_xx_small", "convnext_atto",
+    "mobilevit_xxs", "vit_tiny_patch16_224",
+)  # fmt: skip
+STARTS = ("predicted", "random", "sgd", "pretrained")
+BATCH = 32
+TEST_BATCH = 100
+
+
+class Batches:
+    """All images of a data set in order, as often as they are asked for."""
+
+    def __init__(self, data: ImageDataset):
+        self.data = data
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.data.batches(TEST_BATCH)
+
+
+def some(data: ImageDataset, rows: Tensor) -> ImageDataset:
+    return replace(data, images=data.images[rows], labels=data.labels[rows])
+
+
+def shots(data: ImageDataset, count: int | None, seed: int) -> ImageDataset:
+    """So many images of each class, drawn once; all of them for None."""
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    if count is not None:
+        labels = data.labels[order]
+        order = torch.cat([order[labels == label][:count] for label in range(data.num_classes)])
+    return some(data, order)
+
+
+def train(model: nn.Module, data: ImageDataset, rate: float, steps: float, seconds: float, seed: int) -> nn.Module:
+    """SGD with momentum until either is used up; the rate falls along a cosine of whichever is nearer its end."""
+    generator = torch.Generator(data.images.device).manual_seed(seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    model.train()
+    started = time.perf_counter()
+    for step in itertools.count():
+        used = max(step / steps, (time.perf_counter() - started) / seconds)
+        if used >= 1:
+            break
+        optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + torch.cos(torch.tensor(used * torch.pi)).item())
+        images, labels = data.sample(BATCH, generator)
+        loss = F.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+    return model
+
+
+class Comparison:
+    """All that is measured of an architecture on some images of a data set."""
+
+    def __init__(self, arguments: argparse.Namespace, name: str, data: ImageDataset, tests: Batches):
+        self.arguments, self.name, self.data, self.tests = arguments, name, data, tests
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(1))
+        half = len(data) // 2
+        # A learning rate is chosen on one half of the images by the accuracy on the other.
+        self.tuning, self.judging = some(data, order[:half]), Batches(some(data, order[half:][:500]))
+
+    def build(self, pretrained: bool = False) -> nn.Module:
+        options = {"pretrained": True} if pretrained else {}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.arguments.seed)
+            model = create_model(self.name, self.data.num_classes, self.data.image_size, **options)
+        return model.to(self.arguments.device)
+
+    def adapted(self, start: str, data: ImageDataset) -> nn.Module:
+        model = self.build(start == "pretrained")
+        if start == "predicted":
+            size = (3, data.image_size, data.image_size)
+            timm_ghn.initialize(model, ghn(self.arguments.ghn, self.arguments.device), head="keep", input_size=size)
+        timm_ghn.adapt(model, Batches(data), self.arguments.head)
+        return model
+
+    def row(self, start: str, seconds: float) -> dict[str, float]:
+        """Accuracies in percent; "sgd" trains for `seconds`, the others are adapted, and then trained on if asked."""
+        steps = self.arguments.finetune
+        if start == "sgd":
+            return self.best_trained(lambda data: self.build(), "top1", math.inf, seconds) | {"seconds": seconds}
+        started = time.perf_counter()
+        model = self.adapted(start, self.data)
+        row = {"seconds": time.perf_counter() - started, "top1": 100 * accuracy(model, self.tests)}
+        if steps:
+            row |= self.best_trained(functools.partial(self.adapted, start), "finetuned", steps, math.inf)
+        return row
+
+    def best_trained(
+        self, begin: Callable[[ImageDataset], nn.Module], name: str, steps: float, seconds: float
+    ) -> dict[str, float]:
+        """Accuracy after training at the better rate, and that rate."""
+
+        def trained(data: ImageDataset, rate: float) -> nn.Module:
+            return train(begin(data), data, rate, steps, seconds, self.arguments.seed)
+
+        rates = self.arguments.rates
+        rate = max(rates, key=lambda rate: accuracy(trained(self.tuning, rate), self.judging))
+        return {name: 100 * accuracy(trained(self.data, rate), self.tests), f"{name}_rate": rate}
+
+
+@functools.cache
+def ghn(name: str, device: str) -> timm_ghn.GHN:
+    return load_ghn(name, device)
+
+
+def data_set(text: str) -> tuple[str, int]:
+    source, _, size = text.rpartition(":")
+    if not source or not size.isdigit() or int(size) < 8:
+        raise argparse.ArgumentTypeError(f"{text!r} is not SOURCE:SIDE, such as photographs/:64")
+    return source, int(size)
+
+
+def counts(text: str) -> int | None:
+    return None if text == "all" else integer(1)(text)
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="+", type=data_set, metavar="SOURCE:SIDE", help="what to adapt to")
+    parser.add_argument("--ghn", default="ghn2", help="tag, directory or .safetensors file (default: %(default)s)")
+    parser.add_argument("--head", choices=HEADS, default="ridge")
+    parser.add_argument("--models", nargs="+", type=architecture_name, default=MODELS, help="timm architectures")
+    parser.add_argument("--starts", nargs="+", choices=STARTS, default=STARTS[:3], help="weights to begin with")
+    parser.add_argument("--shots", nargs="+", type=counts, default=[5, 20, 100, None], help="images a class, or all")
+    parser.add_argument("--finetune", type=integer(0), default=0, metavar="STEPS", help="train on for so many")
+    parser.add_argument("--rates", nargs="+", type=positive, default=[0.005, 0.05], help="learning rates to try")
+    parser.add_argument("--images", type=integer(1), default=1000, help="held-out images to measure on (%(default)s)")
+    parser.add_argument("--holdout", type=integer(1), default=1000, help="images to hold out (%(default)s)")
+    parser.add_argument("--seed", type=integer(0), default=0)
+    parser.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=output_directory, default=str(Path(__file__).parent / "results"), metavar="DIR")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    file = arguments.out / "your_data.json"
+    torch.set_num_threads(1)
+    starts = sorted(arguments.starts, key=STARTS.index)  # SGD gets the seconds that the predicted one took
+    setting = [arguments.ghn, arguments.head, arguments.finetune, arguments.images, arguments.seed]
+
+    rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"] if file.exists() else []
+    known = {json.dumps(row["of"]): row for row in rows}
+    shown: list[dict[str, Any]] = []
+    cases = itertools.product(arguments.data, arguments.shots, arguments.models)
+    for (source, size), count, name in tqdm(list(cases), desc="measuring", unit="network"):
+        train_images, held_out = images(source, size, arguments.holdout, arguments.device)
+        tests = Batches(some(held_out, torch.arange(min(arguments.images, len(held_out)))))
+        comparison = Comparison(arguments, name, shots(train_images, count, arguments.seed), tests)
+        seconds = math.nan
+        for start in starts:
+            of = [Path(source).stem, size, count, name, start, *setting]
+            if (row := known.get(json.dumps(of))) is None:
+                row = {"of": of, "machine": machine(), **comparison.row(start, seconds)}
+                rows.append(row)
+                file.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+            seconds = row["seconds"] if start == "predicted" else seconds
+            shown.append(row)
+    report(shown, arguments.out)
+
+
+@functools.cache
+def images(source: str, size: int, holdout: int, device: str) -> tuple[ImageDataset, ImageDataset]:
+    train, held_out = (load_dataset(source, split, holdout=holdout, image_size=size) for split in ("train", "val"))
+    return train.to(device), held_out.to(device)
+
+
+def report(rows: list[dict[str, Any]], directory: Path) -> None:
+    """Means over the architectures, as a table and a picture."""
+    top1: dict[tuple[str, int, int | None], dict[str, dict[str, float]]] = {}
+    for row in rows:
+        source, size, count, name, start = row["of"][:5]
+        top1.setdefault((source, size, count), {}).setdefault(start, {})[name] = row["top1"]
+        if "finetuned" in row:
+            top1[source, size, count].setdefault(f"{start}, trained on", {})[name] = row["finetuned"]
+    columns = list(dict.fromkeys(start for found in top1.values() for start in found))
+    table = Table("images", "side", "of a class", *columns, "predicted ahead of random")
+    for (source, size, count), found in top1.items():
+        means = [f"{statistics.mean(found[start].values()):.1f}" if start in found else "" for start in columns]
+        predicted, random = found.get("predicted", {}), found.get("random", {})
+        both = predicted.keys() & random.keys()
+        ahead = f"{sum(predicted[name] > random[name] for name in both)} of {len(both)}"
+        table.add_row(source, str(size), str(count or "all"), *means, ahead)
+    Console(width=120).print(f"{machine()}; top-1, %, mean over architectures", table)
+
+    sources = list(dict.fromkeys((source, size) for source, size, _ in top1))
+    figure = Figure(figsize=(4.5 * len(sources), 4), layout="constrained")
+    for axes, (source, size) in zip(figure.subplots(1, len(sources), squeeze=False)[0], sources, strict=True):
+        of_source = {count: found for (*which, count), found in top1.items() if which == [source, size]}
+        places = range(len(of_source))
+        for start in columns:
+            means = [
+                statistics.mean(found[start].values()) if start in found else math.nan for found in of_source.values()
+            ]
+            axes.plot(places, means, marker="o", label=start)
+        axes.set(title=f"{source}, {size} pixels", xlabel="images of a class", ylabel="top-1, %")
+        axes.set_xticks(places, [str(count or "all") for count in of_source])
+    axes.legend()
+    figure.savefig(directory / "your_data.png")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status("your_data.py", main))

@@ -1,0 +1,34 @@
+"""The benchmark that adapts networks to images of other data sets, at a small size."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from timm_ghn import demo
+
+BENCHMARK = Path(__file__).resolve().parents[1] / "benchmarks" / "your_data.py"
+
+
+def test_it_compares_starts_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    arguments = [
+        sys.executable, str(BENCHMARK), f"{demo.IMAGES}:32", "--models", "test_resnet", "--shots", "3", "all",
+        "--holdout", "60", "--images", "40", "--finetune", "2", "--rates", "0.01", "0.03", "--device", "cpu",
+        "--out", str(tmp_path),
+    ]  # fmt: skip
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "sgd" in done.stdout
+    text = (tmp_path / "your_data.json").read_text()
+    rows = json.loads(text)["rows"]
+    assert [(row["of"][2], row["of"][4]) for row in rows] == [
+        (count, start) for count in (3, None) for start in ("predicted", "random", "sgd")
+    ]
+    by_start = {row["of"][4]: row for row in rows[3:]}
+    assert by_start["predicted"]["top1"] > 15 and by_start["predicted"]["finetuned_rate"] in (0.01, 0.03)
+    assert "finetuned" not in by_start["sgd"] and by_start["sgd"]["seconds"] == by_start["predicted"]["seconds"]
+    assert (tmp_path / "your_data.png").stat().st_size > 0
+    assert subprocess.run(arguments, capture_output=True, check=False).returncode == 0
+    assert (tmp_path / "your_data.json").read_text() == text
