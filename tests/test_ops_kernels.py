@@ -19,6 +19,7 @@ from timm_ghn.ops.topology import Topology
 TESTS = Path(__file__).parent
 
 
+@pytest.mark.slow
 def test_interpreted_or_on_the_gpu() -> None:
     pytest.importorskip("triton")
     interpret = "0" if torch.cuda.is_available() else "1"
