@@ -25,7 +25,7 @@ def test_interpreted_or_on_the_gpu() -> None:
     interpret = "0" if torch.cuda.is_available() else "1"
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", TESTS / "ops_kernels_cases.py"],
-        cwd=TESTS.parent,
+        cwd=TESTS.parents[1],
         env={**os.environ, "TRITON_INTERPRET": interpret, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
