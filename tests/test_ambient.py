@@ -150,6 +150,7 @@ def test_a_trace_is_the_same(state: str, plain: tuple[nn.Module, dict[str, Tenso
     assert graph.to_dict() == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("state", [state for state in STATES if state not in DTYPES])
 def test_initialize_writes_the_same(state: str, ghn_file: Path) -> None:
     expected, found = timm.create_model("test_vit"), timm.create_model("test_vit")

@@ -178,6 +178,7 @@ def test_skeleton_is_the_module_without_memory() -> None:
     assert shapes[0] == shapes[1]
 
 
+@pytest.mark.slow
 def test_all_primitives_occur() -> None:
     for source in FAMILIES:
         seen: Counter[str] = Counter()

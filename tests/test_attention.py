@@ -73,6 +73,7 @@ def changed_rows(parameter: nn.Parameter, operand: Tensor) -> set[int]:
     return set() if gradient is None else set(gradient.flatten(1).abs().sum(1).nonzero().flatten().tolist())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "smaller", "parameter"),
     [
@@ -102,6 +103,7 @@ def test_rows_are_those_that_the_operands_depend_on(name: str, smaller: dict[str
     check_rows(model, parameter, (3, *image))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "parameter"),
     [
@@ -362,6 +364,7 @@ def test_so_do_separate_projections(ghn: GHN) -> None:
     assert min((a - b).abs().max() for a, b in ((q, k), (q, v), (k, v))) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_vit", "levit_128s", "beit_base_patch16_224", "efficientvit_b0"])
 def test_every_parameter_is_predicted_once_and_scaled_as_before(ghn: GHN, name: str) -> None:
     with torch.device("meta"):

@@ -66,6 +66,7 @@ def test_the_second_creation_does_without_a_trace(traced: list[str], folder: Pat
     assert file.suffix == ".json" and file.is_relative_to(huggingface_hub.constants.HF_HOME)
 
 
+@pytest.mark.slow
 def test_what_decides_the_graph_is_part_of_the_key(traced: list[str]) -> None:
     settings: list[dict[str, Any]] = [
         {}, {"num_classes": 10}, {"in_chans": 1}, {"features_only": True}, {"name": "test_vit"},
@@ -316,6 +317,7 @@ print(sum(p.double().sum().item() for n, p in model.named_parameters() if not n.
 """
 
 
+@pytest.mark.slow
 def test_processes_share_it(ghn_file: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "HF_HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     command = [sys.executable, "-c", CONCURRENT, str(ghn_file)]

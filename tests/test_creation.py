@@ -29,6 +29,7 @@ ARCHITECTURES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_only_predicted_parameters_differ_from_timms(name: str, ghn: GHN, monkeypatch: pytest.MonkeyPatch) -> None:
     """With random numbers that are always the same, what is kept has to be exactly timm's."""

@@ -58,6 +58,7 @@ def test_nothing_is_tiled_up_to_the_widest_layer() -> None:
         assert prediction.report.predicted_fraction > 0.999  # all but the class token
 
 
+@pytest.mark.slow
 def test_it_learns() -> None:
     """A few steps of gradient descent on what the predicted weights compute; in float64, for the same on any CPU."""
     torch.manual_seed(0)

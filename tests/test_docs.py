@@ -179,6 +179,7 @@ def run(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
             assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread", "tags")
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_all_of_a_document_runs(document: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

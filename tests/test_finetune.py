@@ -37,6 +37,7 @@ def weight_matrices(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_conditioned_weights_keep_what_is_strong_and_lift_what_is_weak(name: str) -> None:
     plain, conditioned = predicted(name, None), predicted(name, "conditioned")

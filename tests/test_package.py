@@ -28,6 +28,7 @@ def test_every_public_name_is_there() -> None:
         timm_ghn.hub_config  # noqa: B018
 
 
+@pytest.mark.slow
 def test_importing_the_package_is_light() -> None:
     """So is the help of the commands; and what only they, training or a picture need does not come with predictions."""
     heavy = ["torch", "timm", "rich", "matplotlib", "pyarrow", "joblib", "timm_ghn.training", "timm_ghn.evaluation.zoo"]
@@ -41,6 +42,7 @@ def test_importing_the_package_is_light() -> None:
     assert "write a model's predicted weights to files" in printed and printed.endswith("False False\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     [

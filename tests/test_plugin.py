@@ -264,6 +264,7 @@ def test_the_way_of_timms_scripts() -> None:
     assert "ghn_kwargs" not in model._model_args
 
 
+@pytest.mark.slow
 def test_architectures_chosen_by_tag() -> None:
     """A few of timm's entrypoints look at the tag; they have to see the default one."""
     for name in timm.list_models(["qwen3_vit*", "inception_v3"]):
@@ -486,6 +487,7 @@ print("as before")
 """
 
 
+@pytest.mark.slow
 def test_in_a_fresh_process(ghn_file: Path) -> None:
     process = subprocess.run(
         [sys.executable, "-c", FRESH, str(ghn_file)], capture_output=True, text=True, timeout=300,
@@ -535,6 +537,7 @@ print("right")
 """
 
 
+@pytest.mark.slow
 def test_reloaded_and_imported_again_in_any_order(ghn_file: Path) -> None:
     """As notebooks do; timm is right after each step, and as it was after `uninstall`."""
     process = subprocess.run(

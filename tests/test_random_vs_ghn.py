@@ -39,6 +39,7 @@ def report(arguments: list[str]) -> tuple[dict[str, Any], str]:
     return run(arguments)
 
 
+@pytest.mark.slow
 def test_one_command_makes_the_whole_report(arguments: list[str], report: tuple[dict[str, Any], str]) -> None:
     result, printed = report
     sections = {section["name"]: section for section in result["sections"]}
@@ -64,6 +65,7 @@ def test_one_command_makes_the_whole_report(arguments: list[str], report: tuple[
     assert result["checkpoint"]["sha256"] in printed
 
 
+@pytest.mark.slow
 def test_a_second_run_takes_what_is_there(arguments: list[str], report: tuple[dict[str, Any], str]) -> None:
     lines = (Path(arguments[-1]) / "random_vs_ghn.jsonl").read_text()
     result, _ = run(arguments)

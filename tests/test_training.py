@@ -225,6 +225,7 @@ def test_a_budget_of_time_ends_a_run_and_its_decay(tmp_path: Path) -> None:
         run.run(minutes=-1)
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one(tmp_path: Path) -> None:
     """Through torchrun, as users do it; gloo, since there are more processes than GPUs."""
     source = write_parquet(tmp_path / "data.parquet", TRAIN)

@@ -133,6 +133,7 @@ print("unchanged")
 """
 
 
+@pytest.mark.slow
 def test_a_held_ghn_owns_its_weights(ghn_file: Path, tmp_path: Path) -> None:
     """Whatever happens to the file; in a process of its own, since reading what was cut from a mapped file ends one."""
     file = tmp_path / "held.safetensors"
@@ -549,6 +550,7 @@ print(sum(float(p.double().sum()) for p in load_ghn("mine").parameters()))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_then_offline(server: HubServer, files: dict[str, bytes], tmp_path: Path) -> None:
     """The real client, configured by its environment variables as a user would."""
     source = f"hf-hub:{REPO}@{server.commit(REPO, files)}"

@@ -167,6 +167,7 @@ def test_wrong_arguments_are_one_line(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", ["--out {}", "--models tset_resnet", "--repeats 0", "--batches -1", "--architectures 0", "--inputs 0"]
 )
@@ -234,6 +235,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("workers", "seconds"), [("1", 0), ("2", 0), ("2", 100)])
 def test_ctrl_c_during_a_sweep(workers: str, seconds: int, tmp_path: Path, ghn_file: Path) -> None:
     """A terminal sends it to all processes; those that are only starting must be as silent as those at work.
@@ -297,6 +299,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "_CLASSIFIERS", ("resnet18", "test_vit"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few", "one_thread")
 def test_the_demo_classifies_its_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "new" / "demo.png"
@@ -311,6 +314,7 @@ def test_the_demo_classifies_its_images(tmp_path: Path, capsys: pytest.CaptureFi
     assert {(0x1A, 0x7F, 0x37), (0xFB, 0xEA, 0xE9)} <= colours, "right and wrong ones"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few")
 def test_the_demo_with_more_images(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = str(shared / "data" / "cifar10-train.parquet")

@@ -106,6 +106,7 @@ print("MiB:", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
 def test_memory_is_that_of_the_largest_tensor(tmp_path: Path, ghn_file: Path) -> None:
     """A model of 330 MiB whose largest tensor has 9, in a process where nothing else has used memory before."""

@@ -72,6 +72,7 @@ def test_a_training_script_begins_with_what_create_model_gives(
     assert_began_with(timm.create_model(name, num_classes=10, **kwargs), tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="this torch has no gloo"
 )
@@ -110,6 +111,7 @@ fail()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "file", "arguments", "status"),
     [
@@ -138,6 +140,7 @@ print(timm_ghn.initialize(timm.create_model("test_resnet"), head="keep").predict
 """
 
 
+@pytest.mark.slow
 def test_a_script_beside_a_timm_of_its_own_uses_that(tmp_path: Path) -> None:
     """As in a clone of timm's repository, under ``python train.py``."""
     package = tmp_path / "clone" / "timm"

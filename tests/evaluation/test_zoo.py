@@ -32,6 +32,7 @@ def test_the_sample_covers_every_file() -> None:
     assert not missing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLE)
 def test_architecture(name: str, ghn: GHN) -> None:
     with torch.device("meta"):
@@ -83,6 +84,7 @@ def test_models_are_run_on_images(tmp_path: Path, ghn_file: Path, images: Path) 
     assert "| output ok |" in (tmp_path / "zoo.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_with_rows_of_its_own_setting(tmp_path: Path, ghn_file: Path, images: Path) -> None:
     def rows() -> int:
         return len((tmp_path / "zoo.jsonl").read_text().splitlines())

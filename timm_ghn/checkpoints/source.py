@@ -242,7 +242,7 @@ class LocalFiles:
             raise CheckpointError(f"There is no GHN checkpoint at {path}: give a directory or a .safetensors file.")
         config = weights.with_name(CONFIG_NAME)
         # A single file that carries its config does not have to match whatever lies beside it.
-        needed = path.is_dir() or not embedded_config(weights)
+        needed = path.is_dir() or "config" not in _metadata(weights)
         return weights, config if needed and config.is_file() else None
 
 
@@ -309,14 +309,10 @@ def _pickle_error(path: Path) -> CheckpointError:
 
 
 def _read_json(file: Path) -> Configs:
-    return _parsed(file.read_text(encoding="utf-8"), str(file))
-
-
-def _parsed(text: str, where: str) -> Configs:
     try:
-        return {where: json.loads(text)}
+        return {str(file): json.loads(file.read_text(encoding="utf-8"))}
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not JSON: {error}.") from error
+        raise CheckpointError(f"{file} is not JSON: {error}.") from error
 
 
 def _verify(file: Path, sha256: str | None, size: int | None, remedy: str) -> None:
@@ -342,9 +338,16 @@ def embedded_config(file: Path) -> Configs:
     Raises:
         CheckpointError: If it is no such file, or the config is not JSON.
     """
+    config = _metadata(file).get("config")
+    try:
+        return {} if config is None else {f"the metadata of {file}": json.loads(config)}
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"The config of {file} is not a GHN's: {error}.") from error
+
+
+def _metadata(file: Path) -> dict[str, str]:
     with open_safetensors(file) as tensors:
-        config = (tensors.metadata() or {}).get("config")
-    return {} if config is None else _parsed(config, f"the metadata of {file}")
+        return tensors.metadata() or {}
 
 
 def open_safetensors(file: Path) -> Any:

@@ -69,6 +69,7 @@ def test_any_batch_of_dags(graphs: list[tuple[Tensor, int]], d: int) -> None:
     check_gradients(*batch(graphs), layer_weights(d), d)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "graphs",
     [[EDGELESS], [(EDGELESS[0], 5)], [several_sinks()], [chain(5), EDGELESS, fan(4), several_sinks()], [fan(2000)]],
@@ -78,6 +79,7 @@ def test_odd_graphs(graphs: list[tuple[Tensor, int]]) -> None:
     check_gradients(*batch(graphs), layer_weights(4), d=4)
 
 
+@pytest.mark.slow
 def test_long_chain() -> None:
     edges, nodes = chain(3000)
     real = edges[edges[:, 2] == 1]

@@ -31,7 +31,7 @@ GOLDEN_ARCHITECTURES = (
 
 def golden_graph(architecture: str) -> tuple[Tensor, int]:
     """Edges [E, 3] and number of nodes of a graph made by the published code."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     shared = Path(os.environ.get("TIMM_GHN_SHARED", root.parent / "shared"))
     for folder in (root / "tests" / "data" / "golden", shared / "golden"):
         path = folder / f"{architecture}.json.gz"

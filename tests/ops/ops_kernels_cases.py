@@ -1,6 +1,6 @@
 """The kernels against the portable implementation.
 
-Collected by `test_ops_kernels.py` in a process of its own: Triton's interpreter, which runs kernels without a GPU, has
+Collected by `test_kernels.py` in a process of its own: Triton's interpreter, which runs kernels without a GPU, has
 to be asked for before Triton is imported. With a GPU at hand the kernels run on it.
 """
 

@@ -19,12 +19,13 @@ from timm_ghn.ops.topology import Topology
 TESTS = Path(__file__).parent
 
 
+@pytest.mark.slow
 def test_interpreted_or_on_the_gpu() -> None:
     pytest.importorskip("triton")
     interpret = "0" if torch.cuda.is_available() else "1"
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", TESTS / "ops_kernels_cases.py"],
-        cwd=TESTS.parent,
+        cwd=TESTS.parents[1],
         env={**os.environ, "TRITON_INTERPRET": interpret, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
