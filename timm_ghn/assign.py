@@ -17,7 +17,7 @@ from .ambient import plain_torch
 from .errors import PredictionError
 from .finetune import check_preparation, prepare
 from .graph import ComputationGraph, trace
-from .graph.computation_graph import PRIMITIVES, WEIGHT_PRIMITIVES
+from .graph.primitives import PRIMITIVES, WEIGHTS
 
 if TYPE_CHECKING:
     from .hypernet import GHN
@@ -208,7 +208,7 @@ def predict_from_graph(
     with torch.no_grad():
         (predicted,) = ghn([graph], predict_head=predict_head)
 
-    kept = {name: reason for name, reason in graph.kept.items() if name not in predicted}
+    kept: dict[str, str] = {name: reason for name, reason in graph.kept.items() if name not in predicted}
     if not predict_head:
         reason = "head=keep" if head == "keep" else f"head: the checkpoint has {ghn.config.num_classes} classes"
         kept.update(dict.fromkeys(graph.head, reason))
@@ -283,7 +283,7 @@ def _idle(
     Zeros in the last weight of a residual branch, or in the classification layer, are no such wish: they are where
     training from random weights begins well.
     """
-    weights = {node for node, op in enumerate(graph.ops) if op in WEIGHT_PRIMITIVES}
+    weights = {node for node, op in enumerate(graph.ops) if op in WEIGHTS}
     zero = {node for node in weights if is_zero(parameters[graph.names[node]])}
     if not zero:
         return {}

@@ -31,7 +31,7 @@ from .creation import DeferredFills, create_predicted
 from .errors import GHNError
 from .evaluation import calibrate
 from .graph import trace
-from .graph.tape import input_candidates, output_tensors
+from .graph.record import input_candidates, output_tensors
 from .hub import load_ghn
 from .hypernet import GHN
 from .training.command import has_bf16

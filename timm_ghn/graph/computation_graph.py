@@ -10,24 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .kept import Kept
+from .primitives import WEIGHTS
 from .shortest_paths import with_virtual_edges
-
-PRIMITIVES = (
-    "max_pool", "avg_pool", "sep_conv", "dil_conv", "conv", "msa", "cse", "sum",
-    "concat", "input", "bias", "bn", "ln", "pos_enc", "glob_avg",
-)  # fmt: skip
-"""The vocabulary of DeepNets-1M (arXiv 2110.13100, table 1); a primitive's index is its row in the GHN's embedding."""
-
-WEIGHT_PRIMITIVES = frozenset({"sep_conv", "dil_conv", "conv"})
-NORM_PRIMITIVES = frozenset({"bn", "ln"})
-PARAMETER_PRIMITIVES = WEIGHT_PRIMITIVES | NORM_PRIMITIVES | {"bias", "pos_enc"}
-"""Primitives whose nodes are named by a parameter of the model; the others are named by the op that made them."""
-
-BRANCH_SCALE = "scale of a residual branch"
-"""Why a layer scale has no node; a GHN may have been trained with a value for it."""
-
-POSITION_BIAS = "relative position bias"
-"""Why a table that is added to attention's logits has no node; likewise."""
 
 
 class Part(NamedTuple):
@@ -80,7 +65,7 @@ class ComputationGraph:
     shapes: list[tuple[int, ...] | None]
     edges: torch.Tensor
     head: tuple[str, ...] = ()
-    kept: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, Kept] = field(default_factory=dict)
     operands: dict[str, Operands] = field(default_factory=dict)
     readers: dict[tuple[int, int], tuple[str, ...]] = field(default_factory=dict)
 
@@ -114,7 +99,7 @@ class ComputationGraph:
             shapes=[None if shape is None else tuple(shape) for shape in data["shapes"]],
             edges=with_virtual_edges(len(data["ops"]), [tuple(edge) for edge in data["edges"]]),
             head=tuple(data["head"]),
-            kept=dict(data["kept"]),
+            kept={name: Kept(reason) for name, reason in data["kept"].items()},
             operands={
                 name: Operands(tuple(Part(*part) for part in parts), blocks)
                 for name, (parts, blocks) in data["operands"].items()
@@ -194,7 +179,7 @@ def bias_chains(
 
     chains = []
     for node, (op, name) in enumerate(zip(ops, names, strict=True)):
-        if op in WEIGHT_PRIMITIVES and name in operands and len(operands[name].parts) > 1:
+        if op in WEIGHTS and name in operands and len(operands[name].parts) > 1:
             chain = [node]
             while behind := [
                 target

@@ -17,15 +17,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..assign import tile
-from ..graph.computation_graph import (
-    BRANCH_SCALE,
-    NORM_PRIMITIVES,
-    PARAMETER_PRIMITIVES,
-    POSITION_BIAS,
-    PRIMITIVES,
-    ComputationGraph,
-    Operands,
-)
+from ..graph import PRIMITIVES, ComputationGraph, Kept
+from ..graph.computation_graph import Operands
+from ..graph.primitives import NORMS, Carries
 from .config import GHNConfig
 from .decoder import DECODERS
 from .encoder import Shape4d, ShapeEncoder, is_grid_of_channels, shape_to_4d
@@ -149,9 +143,10 @@ class GHN(
         for g, graph in enumerate(graphs):
             starts.append(starts[-1] + len(graph))
             for node, (op, name, shape) in enumerate(zip(graph.ops, graph.names, graph.shapes, strict=True)):
-                if op not in PARAMETER_PRIMITIVES or shape is None or (name in graph.head and not predict_head):
+                carries = PRIMITIVES[op].carries
+                if carries is Carries.NOTHING or shape is None or (name in graph.head and not predict_head):
                     continue
-                if op in NORM_PRIMITIVES or op == "bias":
+                if op in NORMS or op == "bias":
                     (class_biases if name in graph.head else vectors).append((g, node))
                 elif name in graph.head:
                     class_weights[min(shape_to_4d(shape)[1], self.config.max_shape[1])].append((g, node))
@@ -198,7 +193,7 @@ class GHN(
 
     def _constants(self, graph: ComputationGraph) -> dict[str, torch.Tensor]:
         """Parameters without a node that all had one value while the GHN was trained."""
-        trained = {BRANCH_SCALE: self.config.branch_scale, POSITION_BIAS: self.config.position_bias}
+        trained = {Kept.BRANCH_SCALE: self.config.branch_scale, Kept.POSITION_BIAS: self.config.position_bias}
         values = {role: self.embed.weight.new_tensor(value) for role, value in trained.items() if value is not None}
         return {name: values[reason] for name, reason in graph.kept.items() if reason in values}
 
