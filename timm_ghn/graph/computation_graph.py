@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .kept import Kept
-from .primitives import WEIGHTS
+from .primitives import NORMS, PRIMITIVES, WEIGHTS, Carries
 from .shortest_paths import with_virtual_edges
 
 
@@ -105,6 +105,44 @@ class ComputationGraph:
                 for name, (parts, blocks) in data["operands"].items()
             },
             readers={(source, target): tuple(operands) for source, target, *operands in data["readers"]},
+        )
+
+    def within(self, vocabulary: Collection[str]) -> ComputationGraph:
+        """The graph as it is for a GHN that knows these primitives only: nodes of others are contracted."""
+        if set(self.ops).issubset(vocabulary):
+            return self
+        sources: list[list[int]] = [[] for _ in self.ops]
+        for source, target in self.edges[self.edges[:, 2] == 1, :2].tolist():
+            sources[target].append(source)
+        frontier: list[frozenset[int]] = []
+        for node, op in enumerate(self.ops):
+            reach = frozenset().union(*(frontier[source] for source in sources[node]))
+            joins_nothing = op in ("sum", "concat") and len(reach) < 2
+            frontier.append(reach if op not in vocabulary or joins_nothing else frozenset({node}))
+        order = [node for node, nodes in enumerate(frontier) if nodes == {node}]
+        rank = {node: position for position, node in enumerate(order)}
+        edges = sorted(
+            {(rank[source], rank[node]) for node in order for before in sources[node] for source in frontier[before]}
+        )
+        kept = dict(self.kept)
+        for node, (op, name) in enumerate(zip(self.ops, self.names, strict=True)):
+            if node not in rank and PRIMITIVES[op].carries is not Carries.NOTHING:
+                kept[name] = Kept.NO_PRIMITIVE
+                if op in NORMS:  # its bias, if it has one, is predicted from the same node
+                    kept[f"{name.removesuffix('weight')}bias"] = Kept.NO_PRIMITIVE
+        return ComputationGraph(
+            ops=[self.ops[node] for node in order],
+            names=[self.names[node] for node in order],
+            shapes=[self.shapes[node] for node in order],
+            edges=with_virtual_edges(len(order), edges),
+            head=tuple(name for name in self.head if name not in kept),
+            kept=kept,
+            operands={name: operands for name, operands in self.operands.items() if name not in kept},
+            readers={
+                (rank[source], rank[target]): read
+                for (source, target), read in self.readers.items()
+                if source in rank and target in rank
+            },
         )
 
     @cached_property

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import bisect
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+from ..plan import Shape4d, shape_to_4d
 from .config import GHNConfig
-
-Shape4d = tuple[int, int, int, int]
 
 
 def channel_vocabulary(num_classes: int) -> list[int]:
@@ -23,30 +21,6 @@ def channel_vocabulary(num_classes: int) -> list[int]:
 def spatial_vocabulary(max_size: int) -> list[int]:
     """Kernel sizes with an embedding of their own."""
     return sorted({*range(1, max(12, max_size), 2), 14, 16})
-
-
-def shape_to_4d(shape: Sequence[int]) -> Shape4d:
-    """A parameter's shape as (out, in, height, width).
-
-    Vectors and matrices are 1x1 kernels; a position embedding (1, L, C) is a map of C channels on the largest square
-    grid with at most L cells, one of (1, s, s, C) on its own; what has more than two spatial dimensions keeps its last
-    two.
-    """
-    sizes = tuple(shape)
-    if is_grid_of_channels(sizes):
-        return 1, sizes[3], sizes[1], sizes[2]
-    if len(sizes) == 3 and sizes[0] == 1 and min(sizes[1:]) > 1:
-        side = math.isqrt(sizes[1])
-        return 1, sizes[2], side, side
-    if len(sizes) > 4:
-        sizes = (*sizes[:2], *sizes[-2:])
-    out, into, height, width = (*sizes, 1, 1, 1, 1)[:4]
-    return out, into, height, width
-
-
-def is_grid_of_channels(shape: Sequence[int]) -> bool:
-    """Whether a shape is that of a position embedding with its channels last."""
-    return len(shape) == 4 and shape[0] == 1 and shape[1] == shape[2] != shape[3]
 
 
 class ShapeEncoder(nn.Module):
