@@ -54,7 +54,7 @@ from timm_ghn.command_line import (
     process_pool,
 )
 from timm_ghn.evaluation import accuracy, calibrate, create_model
-from timm_ghn.finetune import PREPARATIONS
+from timm_ghn.preparation import PREPARATIONS
 from timm_ghn.training.data import ImageDataset, load_dataset
 
 MODELS = (

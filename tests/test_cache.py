@@ -18,7 +18,7 @@ import torch
 from timm.models import resnet
 from timm.models.resnet import BasicBlock
 
-from timm_ghn import creation, hub, trace
+from timm_ghn import hub, predictor, trace
 from timm_ghn.errors import TraceError
 from timm_ghn.graph import cache
 
@@ -45,7 +45,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         calls.append(type(model).__name__)
         return trace(model, *args)
 
-    monkeypatch.setattr(creation, "trace", counting)
+    monkeypatch.setattr(predictor, "trace", counting)
     return calls
 
 

@@ -25,10 +25,10 @@ from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 
 from timm_ghn import hub
-from timm_ghn.assign import predict
 from timm_ghn.errors import CheckpointError
 from timm_ghn.hub import list_ghns, load_ghn, register
 from timm_ghn.hypernet import GHN, GHNConfig
+from timm_ghn.predictor import predict
 
 REPO = "someone/ghn"
 ROOT = Path(__file__).resolve().parents[1]

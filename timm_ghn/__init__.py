@@ -6,13 +6,14 @@ Importing this package makes graph hypernetworks known to timm:
 
 from __future__ import annotations
 
-from .assign import Prediction, Report, initialize, predict
 from .errors import CheckpointError, GHNError, PredictionError, TraceError
 from .evaluation import calibrate, rank
 from .graph import ComputationGraph, trace
 from .hub import list_ghns, load_ghn, register
 from .hypernet import GHN, GHNConfig
 from .plugin import install, uninstall
+from .prediction import Prediction, Report
+from .predictor import initialize, predict
 
 __all__ = [
     "GHN",

@@ -14,7 +14,6 @@ from rich.progress import track
 from rich.table import Table
 from safetensors.torch import save_model
 
-from .assign import HEADS, initialize
 from .command_line import (
     EXIT_STATUS,
     Parser,
@@ -30,6 +29,7 @@ from .convert import convert_file
 from .errors import GHNError
 from .hub import hub_configs, list_ghns, load_ghn, resolve
 from .launch import launch
+from .predictor import HEADS, initialize
 from .publish import publish
 from .verify import ARCHITECTURES, verify
 

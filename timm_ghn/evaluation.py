@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .assign import initialize
 from .hub import load_ghn
 from .hypernet import GHN
+from .predictor import initialize
 
 logger = logging.getLogger("timm_ghn.evaluation")
 

@@ -7,10 +7,11 @@ is decoded, and the scale it is brought to.
 from __future__ import annotations
 
 import enum
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from .graph import PRIMITIVES, ComputationGraph, Kept
 from .graph.computation_graph import Operands
@@ -53,11 +54,11 @@ _ROLES = {
     Carries.NORM: Role.NORM_WEIGHT,
     Carries.TABLE: Role.POSITIONS,
 }
+_ROLE_OF_NODE = {op: _ROLES.get(row.carries) for op, row in PRIMITIVES.items()}
 _IN_HEAD = {Role.WEIGHT: Role.CLASS_WEIGHT, Role.BIAS: Role.CLASS_BIAS}
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """Something to predict.
 
     Attributes:
@@ -145,10 +146,9 @@ def roles(graph: ComputationGraph) -> dict[str, Role]:
 
 
 def _node_roles(graph: ComputationGraph) -> list[Role | None]:
-    found = [_ROLES.get(PRIMITIVES[op].carries) for op in graph.ops]
+    found = [_ROLE_OF_NODE[op] for op in graph.ops]
     return [
-        _IN_HEAD[role] if role is not None and name in graph.head else role
-        for name, role in zip(graph.names, found, strict=True)
+        _IN_HEAD[role] if name in graph.head and role else role for name, role in zip(graph.names, found, strict=True)
     ]
 
 
@@ -159,7 +159,8 @@ def _constants(graph: ComputationGraph, config: GHNConfig) -> list[Target]:
     return [Target(name, Role.CONSTANT, gain=value) for name, value in known if value is not None]
 
 
-def layout_of(shape: Sequence[int]) -> Layout:
+@functools.cache
+def layout_of(shape: tuple[int, ...]) -> Layout:
     """What the dimensions of a parameter of this shape are."""
     if len(shape) == 4:
         return Layout.GRID if shape[0] == 1 and shape[1] == shape[2] != shape[3] else Layout.KERNEL
@@ -170,7 +171,8 @@ def layout_of(shape: Sequence[int]) -> Layout:
     return Layout.MATRIX if len(shape) == 2 else Layout.VECTOR
 
 
-def shape_to_4d(shape: Sequence[int]) -> Shape4d:
+@functools.cache  # networks have few shapes, and a GHN in training asks for them at every step
+def shape_to_4d(shape: tuple[int, ...]) -> Shape4d:
     """A parameter's shape as (out, in, height, width).
 
     Vectors and matrices are 1x1 kernels; a position embedding (1, L, C) is a map of C channels on the largest square
@@ -188,6 +190,7 @@ def shape_to_4d(shape: Sequence[int]) -> Shape4d:
     return out, into, height, width
 
 
+@functools.cache
 def _gain(shape: tuple[int, ...]) -> float:
     """The scale of a parameter's fan-in, so that activations keep their variance (arXiv 2110.13100, §3.2.3).
 

@@ -17,11 +17,11 @@ from rich.table import Table
 from torch import Tensor
 
 from ..command_line import output_file, print_table
-from ..creation import create_predicted
 from ..errors import GHNError
 from ..evaluation import calibrate, create_model
 from ..hub import load_ghn
 from ..hypernet import GHN
+from ..predictor import Predictor
 from ..training.data import ImageDataset, load_dataset
 
 IMAGES = Path(__file__).parent / "cifar10"
@@ -87,7 +87,7 @@ def _time(tag: str, ghn: GHN) -> None:
         started = time.perf_counter()
         build()
         created = time.perf_counter()
-        model, report = create_predicted(build, ghn)
+        model, report = Predictor(ghn).create(build)
         predicted = time.perf_counter()
         size = sum(parameter.numel() for parameter in model.parameters())
         times = (f"{seconds:.2f} s" for seconds in (created - started, predicted - created))
@@ -111,7 +111,7 @@ def _classify(images: ImageDataset, ghn: GHN) -> tuple[dict[str, Tensor], ImageD
     predictions = {}
     for name in _CLASSIFIERS:
         build = partial(create_model, name, images.num_classes, images.image_size)
-        model, _ = create_predicted(build, ghn, head="predict")
+        model, _ = Predictor(ghn, head="predict").create(build)
         calibrate(model, calibration).eval()
         with torch.no_grad():
             predictions[name] = torch.cat([model(batch).argmax(1) for batch, _ in test])

@@ -116,12 +116,13 @@ class _Walk:
 
     def _arrive(self, index: int, function: Function) -> tuple[Visit, int | None]:
         """What comes in: data and parameters, and the attention whose weights are among it."""
-        sources = [i for i in function.inputs if i is not None]
-        data = [i for i in sources if self.flows[i].frontier is not None]
-        made_of = [() if i is None else self.flows[i].made_of for i in function.inputs]
-        reach = frozenset().union(*(self.flows[i].frontier or () for i in data))
-        tags = (self.flows[i].attention for i in sources)
-        return Visit(self.tape, self.notes, index, data, made_of, reach), next((t for t in tags if t is not None), None)
+        flows = [Flow() if i is None else self.flows[i] for i in function.inputs]
+        data = [i for i in function.inputs if i is not None and self.flows[i].frontier is not None]
+        made_of = [flow.made_of for flow in flows]
+        parameters = tuple(dict.fromkeys(name for names in made_of for name in names))
+        reach = frozenset().union(*[flow.frontier for flow in flows if flow.frontier is not None])
+        attention = next((flow.attention for flow in flows if flow.attention is not None), None)
+        return Visit(self.tape, self.notes, index, function, data, made_of, parameters, reach), attention
 
     def _norm(self, visit: Visit) -> str | None:
         """The weight of the norm that a function applies, if it is the first to read it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -24,7 +24,7 @@ class Carries(enum.Enum):
     TABLE = enum.auto()
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Visit:
     """A function as the contraction meets it.
 
@@ -32,23 +32,21 @@ class Visit:
         tape: Where it stands.
         notes: What is known of the tape ahead of it.
         index: Its place.
+        function: Itself.
         data: The places of the functions it reads data from.
         made_of: Per input slot, the parameters of which what comes in is made; none of data.
+        parameters: All of these.
         reach: The nodes whose outputs reach it with no other node in between.
     """
 
     tape: Tape
     notes: Notes
     index: int
+    function: Function
     data: list[int]
     made_of: list[tuple[str, ...]]
+    parameters: tuple[str, ...]
     reach: frozenset[int]
-    function: Function = field(init=False)
-    parameters: tuple[str, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.function = self.tape.functions[self.index]
-        self.parameters = tuple(dict.fromkeys(name for names in self.made_of for name in names))
 
     @property
     def joins(self) -> bool:
@@ -130,8 +128,8 @@ PRIMITIVES: dict[str, Primitive] = {
     "conv": Primitive(Carries.WEIGHT, lambda v, _: _grouping(v) == (False, False)),
     "msa": Primitive(Carries.NOTHING, _is_attention),
     "cse": Primitive(Carries.NOTHING, lambda v, _: v.index in v.notes.gates and len(v.reach) > 1),
-    "sum": Primitive(Carries.NOTHING, lambda v, _: v.joins and v.function.op in ("Add", "Sub")),
-    "concat": Primitive(Carries.NOTHING, lambda v, _: v.joins and v.function.op in CONCATENATIONS),
+    "sum": Primitive(Carries.NOTHING, lambda v, _: v.function.op in ("Add", "Sub") and v.joins),
+    "concat": Primitive(Carries.NOTHING, lambda v, _: v.function.op in CONCATENATIONS and v.joins),
     "input": Primitive(Carries.NOTHING, lambda v, _: False),  # node 0, before the first function
     "bias": Primitive(Carries.BIAS, lambda v, _: True),
     "bn": Primitive(Carries.NORM, _is_batch_norm),

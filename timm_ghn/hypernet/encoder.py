@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -34,7 +33,7 @@ class ShapeEncoder(nn.Module):
         self.embed_spatial = nn.Embedding(len(self.spatial) + 1, config.hid // 4)
         self.embed_channel = nn.Embedding(len(self.channels) + 1, config.hid // 4)
 
-    def rows(self, shape: Sequence[int] | None) -> Shape4d:
+    def rows(self, shape: tuple[int, ...] | None) -> Shape4d:
         """Embedding rows of a shape's four entries."""
         if shape is None:
             return len(self.channels), len(self.channels), len(self.spatial), len(self.spatial)

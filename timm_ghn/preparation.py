@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from . import derived
 from .plan import Role, roles
-
-if TYPE_CHECKING:
-    from .assign import Prediction
+from .prediction import Prediction
 
 PREPARATIONS = ("conditioned", "orthogonal")
 
