@@ -30,7 +30,7 @@ import timm_ghn  # noqa: F401, installs the hook
 from timm_ghn.command_line import Parser, architecture_name, exit_status, integer, output_directory, positive
 from timm_ghn.evaluation.accuracy import accuracy, create_model
 from timm_ghn.evaluation.calibration import calibrate
-from timm_ghn.finetune import PREPARATIONS
+from timm_ghn.preparation import PREPARATIONS
 from timm_ghn.training.data import ImageDataset, load_dataset
 
 BATCH, TEST_BATCH = 32, 250

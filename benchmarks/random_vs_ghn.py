@@ -55,7 +55,7 @@ from timm_ghn.command_line import (
 )
 from timm_ghn.evaluation.accuracy import accuracy, create_model
 from timm_ghn.evaluation.calibration import calibrate
-from timm_ghn.finetune import PREPARATIONS
+from timm_ghn.preparation import PREPARATIONS
 from timm_ghn.training.data import ImageDataset, load_dataset
 from timm_ghn.workers import process_pool
 

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from timm_ghn.assign import predict_from_graph
 from timm_ghn.graph import ComputationGraph, trace
 from timm_ghn.graph.computation_graph import Operands, Part
 from timm_ghn.graph.fused import regular
 from timm_ghn.hypernet import GHN, GHNConfig
+from timm_ghn.predictor import Predictor
 from timm_ghn.tiling import tile
 
 SMALL = {"max_shape": (16, 16, 3, 3), "hid": 16}
@@ -370,8 +370,8 @@ def test_every_parameter_is_predicted_once_and_scaled_as_before(ghn: GHN, name: 
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=10)
     parameters, graph = dict(model.named_parameters()), trace(model)
-    prediction = predict_from_graph(model, graph, ghn)
-    tied = predict_from_graph(model, graph, GHN(dataclasses.replace(ghn.config, split_attention=False)))
+    prediction = Predictor(ghn).from_graph(model, graph)
+    tied = Predictor(GHN(dataclasses.replace(ghn.config, split_attention=False))).from_graph(model, graph)
     assert prediction.keys() == tied.keys()
     assert not any("[" in key for key in prediction)
     for key, tensor in prediction.tiles.items():

@@ -18,7 +18,7 @@ import torch
 from timm.models import resnet
 from timm.models.resnet import BasicBlock
 
-from timm_ghn import creation, trace
+from timm_ghn import predictor, trace
 from timm_ghn.checkpoints.catalog import CATALOG
 from timm_ghn.errors import TraceError
 from timm_ghn.graph import cache
@@ -46,7 +46,7 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         calls.append(type(model).__name__)
         return trace(model, *args)
 
-    monkeypatch.setattr(creation, "trace", counting)
+    monkeypatch.setattr(predictor, "trace", counting)
     return calls
 
 

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from timm_ghn import GHN, GHNConfig, predict, trace
-from timm_ghn.hypernet.decoder import LowRankDecoder, sliced_linear, sliced_linear_reference
+from timm_ghn.hypernet.decoders import DECODERS
+from timm_ghn.hypernet.decoders.lowrank import LowRankDecoder
+from timm_ghn.hypernet.decoders.sliced_linear import sliced_linear, sliced_linear_reference
 from timm_ghn.training.trainer import new_ghn
 
 CONFIG = GHNConfig(
@@ -110,7 +112,7 @@ def test_slices_of_one_weight_equal_the_plain_maps(slices: list[tuple[int, int, 
         torch.testing.assert_close(fast, plain)
 
 
-@pytest.mark.parametrize("decoder", ["conv", "mlp", "lowrank"])
+@pytest.mark.parametrize("decoder", sorted(DECODERS))
 def test_shapes_decoded_together_equal_those_decoded_alone(decoder: str) -> None:
     config = GHNConfig(10, (16, 16, 5, 5), hid=8, decoder=decoder, rank=4)
     module = GHN(config).decoder

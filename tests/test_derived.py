@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from timm_ghn import GHN, PredictionError, initialize, load_ghn, predict
-from timm_ghn.creation import create_predicted
+from timm_ghn.predictor import Predictor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -285,7 +285,7 @@ def test_an_adapter_that_adds_nothing_still_adds_nothing(index: int, frozen: boo
         return net
 
     if created:
-        net, report = create_predicted(build, ghn, input_size=(3, 32, 32))
+        net, report = Predictor(ghn, input_size=(3, 32, 32)).create(build)
     else:
         report = initialize(net := build(), ghn, input_size=32)
     assert {name for name, reason in report.kept.items() if "adds nothing" in reason} == {
@@ -313,7 +313,7 @@ def test_zeros_that_only_begin_training_are_predicted(ghn: GHN) -> None:
 @pytest.mark.parametrize("name", ["gcresnext26ts", "mixer_s32_224", "samvit_base_patch16_224"])
 def test_timms_zeros_are_predicted(name: str, ghn: GHN) -> None:
     """Those of a global context's last layer, a head, and tables that queries are multiplied with."""
-    model, report = create_predicted(lambda: timm.create_model(name, num_classes=10), ghn)
+    model, report = Predictor(ghn).create(lambda: timm.create_model(name, num_classes=10))
     assert not [reason for reason in report.kept.values() if "adds nothing" in reason]
     assert all(model.get_parameter(key).any() for key in report.predicted if key.endswith("weight"))
 

@@ -16,9 +16,10 @@ import torch
 import torchvision
 from torch import nn
 
-from timm_ghn.assign import Prediction, predict
 from timm_ghn.checkpoints.load import load_ghn
 from timm_ghn.graph import ComputationGraph, trace
+from timm_ghn.prediction import Prediction
+from timm_ghn.predictor import predict
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 ARCHITECTURES = sorted(path.name.removesuffix(".json.gz") for path in GOLDEN.glob("*.json.gz"))

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from timm_ghn import GHN, ComputationGraph, GHNConfig, trace
-from timm_ghn.hypernet.encoder import ShapeEncoder, channel_vocabulary, shape_to_4d, spatial_vocabulary
+from timm_ghn.hypernet.encoder import ShapeEncoder, channel_vocabulary, spatial_vocabulary
+from timm_ghn.plan import shape_to_4d
 
 CONFIGS: list[dict[str, Any]] = [
     {"hypernet": "gatedgnn"},

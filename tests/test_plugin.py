@@ -22,12 +22,12 @@ from timm.models import _builder, _factory, _registry
 from torch import nn
 
 from timm_ghn import plugin
-from timm_ghn.assign import predict
 from timm_ghn.checkpoints.catalog import CATALOG
 from timm_ghn.checkpoints.load import load_ghn
 from timm_ghn.errors import CheckpointError, GHNError
 from timm_ghn.export import export
 from timm_ghn.hypernet import Images
+from timm_ghn.predictor import predict
 
 MODEL = "test_resnet"
 TAG = "ghn-test"

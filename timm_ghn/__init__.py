@@ -13,7 +13,6 @@ from .errors import CheckpointError, GHNError, PredictionError, TraceError
 from .with_timm import install_with_timm
 
 if TYPE_CHECKING:
-    from .assign import Prediction, Report, initialize, predict
     from .checkpoints.catalog import list_ghns, register
     from .checkpoints.load import load_ghn
     from .evaluation.adaptation import AdaptReport, adapt
@@ -22,6 +21,8 @@ if TYPE_CHECKING:
     from .graph import ComputationGraph, trace
     from .hypernet import GHN, GHNConfig
     from .plugin import install, uninstall
+    from .prediction import Prediction, Report
+    from .predictor import initialize, predict
 
 __all__ = [
     "GHN",
@@ -54,15 +55,15 @@ _HOMES = {
     "GHN": "checkpoints.load",  # not from hypernet, since `from_pretrained` needs what loads
     "ComputationGraph": "graph",
     "GHNConfig": "hypernet",
-    "Prediction": "assign",
-    "Report": "assign",
+    "Prediction": "prediction",
+    "Report": "prediction",
     "adapt": "evaluation.adaptation",
     "calibrate": "evaluation.calibration",
-    "initialize": "assign",
+    "initialize": "predictor",
     "install": "plugin",
     "list_ghns": "checkpoints.catalog",
     "load_ghn": "checkpoints.load",
-    "predict": "assign",
+    "predict": "predictor",
     "rank": "evaluation.ranking",
     "register": "checkpoints.catalog",
     "trace": "graph",

@@ -89,6 +89,13 @@ def has_values(tensor: Tensor) -> bool:
     return is_real and tensor.layout is torch.strided and tensor.numel() > 0
 
 
+def is_zero(parameter: torch.Tensor) -> bool:
+    """Whether all of a parameter's values are zero, as far as it has values."""
+    if not has_values(parameter):
+        return False
+    return not parameter[(0,) * parameter.ndim].item() and not parameter.any().item()
+
+
 def copies(model: nn.Module, names: Collection[str]) -> dict[str, str]:
     """Tensors with the values of a parameter, as a momentum encoder starts from; constants are nobody's copy.
 

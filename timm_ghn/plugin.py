@@ -7,6 +7,7 @@ treated differently. The tags live in timm's registry as ``architecture.tag``; l
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import fnmatch
 import functools
@@ -21,12 +22,11 @@ from typing import Any
 import timm
 from torch import nn
 
-from .assign import initialize
 from .checkpoints.catalog import CATALOG
 from .checkpoints.load import load_ghn, stated_config
-from .creation import create_predicted
 from .errors import CheckpointError, GHNError
 from .hypernet import Images
+from .predictor import Predictor, initialize
 from .pretrained_cfg import WEIGHTS_FIELDS, label, prepared
 
 logger = logging.getLogger("timm_ghn.plugin")
@@ -37,12 +37,10 @@ _builder = importlib.import_module("timm.models._builder")
 _registry = importlib.import_module("timm.models._registry")
 
 _SOURCE_FIELDS = ("url", "file", "state_dict", "hf_hub_id", "source")
-_UNKNOWN = object()
 _GHN_KWARGS = [name for name in inspect.signature(initialize).parameters if name not in ("model", "ghn")]
 
 _STATE = "_timm_ghn"
 _lock = threading.RLock()
-_call = threading.local()
 
 
 @dataclasses.dataclass(eq=False)
@@ -74,6 +72,16 @@ def _state() -> _State:
 
 class _NameTag(str):
     """A GHN's tag that came with the model's name and so, unlike the argument, means weights only if pretrained."""
+
+
+class _Request(str):
+    """The name of a model that a GHN is to predict, on its way through ``create_model``.
+
+    Attributes:
+        noted: What ``create_model`` will note on the model as its arguments.
+    """
+
+    noted: dict[str, Any]
 
 
 class _TagFilter(str):
@@ -257,18 +265,19 @@ def _split_model_name_tag(original: Callable[..., Any], *args: Any, **kwargs: An
 
 
 def _resolve_model_source(original: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[str, Any, dict[str, Any]]:
-    resolved: tuple[str, Any, dict[str, Any]] = original(*args, **kwargs)
-    _call.resolved = resolved
-    return resolved
+    name, pretrained_cfg, model_args = original(*args, **kwargs)
+    if _ghn_tag(name, pretrained_cfg):
+        name = _Request(name)
+        name.noted = model_args
+    return name, pretrained_cfg, model_args
 
 
 def _model_entrypoint(
     original: Callable[..., Any], model_name: str, *args: Any, **kwargs: Any
 ) -> Callable[..., nn.Module]:
     entrypoint: Callable[..., nn.Module] = original(model_name, *args, **kwargs)
-    _, requested, recorded = vars(_call).pop("resolved", (None, _UNKNOWN, {}))
     # timm's own function comes back for timm's own calls, where that is known already, so that nothing differs in them.
-    if requested is not _UNKNOWN and not _ghn_tag(model_name, requested):
+    if hasattr(_factory, "_resolve_model_source") and not isinstance(model_name, _Request):
         return entrypoint
 
     def create(pretrained: bool = False, pretrained_cfg: Any = None, **kwargs: Any) -> nn.Module:
@@ -276,9 +285,9 @@ def _model_entrypoint(
         overlay = kwargs.get("pretrained_cfg_overlay") or {}
         if tag is None or (pretrained and any(map(overlay.get, _SOURCE_FIELDS))):
             return entrypoint(pretrained=pretrained, pretrained_cfg=pretrained_cfg, **kwargs)
-        # create_model notes its arguments on the model for export; a model loaded from that must not need this one.
-        recorded.pop("ghn_kwargs", None)
-        ghn_kwargs = kwargs.pop("ghn_kwargs", None) or {}
+        if isinstance(model_name, _Request):  # a model that is made from what is noted on this one must not need a GHN
+            model_name.noted.pop("ghn_kwargs", None)
+        ghn_kwargs = copy.copy(kwargs.pop("ghn_kwargs", None) or {})
         if not isinstance(ghn_kwargs, dict):  # timm's scripts pass on as text what they cannot read
             raise TypeError(
                 f"ghn_kwargs is {ghn_kwargs!r}, not a dictionary; on the command line of a timm script, write"
@@ -296,7 +305,8 @@ def _model_entrypoint(
             return build(_images(tag))
         ghn = load_ghn(tag)  # first, so that a missing one costs no time
         build = functools.partial(build, ghn.config.images, ghn_kwargs.get("head") != "keep")
-        model, report = create_predicted(build, ghn, **ghn_kwargs)
+        preparation = ghn_kwargs.pop("finetune", None)
+        model, report = Predictor(ghn, preparation=preparation, **ghn_kwargs).create(build)
         logger.info("%s by %s:\n%s", model_name, tag, report)
         return model
 

@@ -24,12 +24,12 @@ from attacks.samples import joblib_bytes
 from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 
-from timm_ghn.assign import predict
 from timm_ghn.checkpoints.catalog import CATALOG, Catalog, list_ghns, register
 from timm_ghn.checkpoints.load import SHARED, load_ghn, stated_config
 from timm_ghn.checkpoints.source import CONFIG_NAME, WEIGHTS_NAME, HubConfig, embedded_config
 from timm_ghn.errors import CheckpointError
 from timm_ghn.hypernet import GHN, GHNConfig
+from timm_ghn.predictor import predict
 
 REPO = "someone/ghn"
 ROOT = Path(__file__).resolve().parents[2]

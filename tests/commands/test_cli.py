@@ -22,8 +22,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from timm_ghn import cli, demo, register
-from timm_ghn.assign import predict
 from timm_ghn.command_line import architecture_names, device_name, file_size, integer, output_directory, output_file
+from timm_ghn.predictor import predict
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from timm_ghn import cli, export, load_ghn, predict
+from timm_ghn import cli, export, load_ghn, predict, prediction
 from timm_ghn.errors import GHNError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,7 +82,7 @@ def test_weights_are_not_overwritten(tmp_path: Path, ghn_file: Path, capsys: pyt
 
 
 def test_a_disk_without_room(tmp_path: Path, ghn_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(prediction.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(GHNError, match="room for 1,000"):
         export.export("test_resnet", tmp_path, load_ghn(ghn_file), "ghn")
     assert list(tmp_path.iterdir()) == []
@@ -92,7 +92,7 @@ def test_nothing_is_left_of_a_failed_write(tmp_path: Path, ghn_file: Path, monke
     def fail(*args: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(export, "tile_into", fail)
+    monkeypatch.setattr(prediction, "tile_into", fail)
     with pytest.raises(OSError, match="disk full"):
         export.export("test_resnet", tmp_path, load_ghn(ghn_file), "ghn")
     assert list(tmp_path.iterdir()) == []

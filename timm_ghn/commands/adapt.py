@@ -18,7 +18,6 @@ from rich.table import Table
 from safetensors.torch import save_model
 from torch import Tensor, nn
 
-from ..assign import initialize
 from ..checkpoints.load import load_ghn
 from ..command_line import (
     add_data_arguments,
@@ -36,6 +35,7 @@ from ..evaluation.accuracy import accuracy, confusion, create_model
 from ..evaluation.adaptation import HEADS, adapt
 from ..evaluation.pictures import plot_confusion
 from ..files import whole_file
+from ..predictor import initialize
 from ..pretrained_cfg import label, save_config
 from ..training.data import ImageDataset
 

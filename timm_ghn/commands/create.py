@@ -8,10 +8,10 @@ import timm
 from rich.console import Console
 from safetensors.torch import save_model
 
-from ..assign import initialize
 from ..checkpoints.load import load_ghn
 from ..command_line import add_ghn_argument, architecture_name, integer, output_file
 from ..files import whole_file
+from ..predictor import initialize
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,11 +7,11 @@ import argparse
 import torch
 from rich.console import Console
 
-from ..assign import HEADS
 from ..checkpoints.catalog import list_ghns
 from ..checkpoints.load import load_ghn
 from ..command_line import add_ghn_argument, architecture_name, file_size, integer, output_directory
 from ..export import export
+from ..predictor import HEADS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,10 +16,10 @@ from rich.table import Table
 from torch import Tensor
 
 from ..command_line import print_table
-from ..creation import create_predicted
 from ..evaluation.accuracy import create_model
 from ..evaluation.calibration import calibrate
 from ..hypernet import GHN
+from ..predictor import Predictor
 from ..training.data import ImageDataset
 
 IMAGES = Path(__file__).parent / "cifar10"
@@ -51,7 +51,7 @@ def time_creation(tag: str, ghn: GHN) -> None:
         started = time.perf_counter()
         build()
         created = time.perf_counter()
-        model, report = create_predicted(build, ghn)
+        model, report = Predictor(ghn).create(build)
         predicted = time.perf_counter()
         size = sum(parameter.numel() for parameter in model.parameters())
         times = (f"{seconds:.2f} s" for seconds in (created - started, predicted - created))
@@ -75,7 +75,7 @@ def classify(images: ImageDataset, ghn: GHN) -> tuple[dict[str, Tensor], ImageDa
     predictions = {}
     for name in _CLASSIFIERS:
         build = partial(create_model, name, images.num_classes, images.image_size)
-        model, _ = create_predicted(build, ghn, head="predict")
+        model, _ = Predictor(ghn, head="predict").create(build)
         calibrate(model, calibration).eval()
         with torch.no_grad():
             predictions[name] = torch.cat([model(batch).argmax(1) for batch, _ in test])

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..assign import initialize
 from ..hypernet import GHN
+from ..predictor import initialize
 from .batches import Batches, check_images, check_labels, described
 from .calibration import calibrate, device_of, modes_kept
 

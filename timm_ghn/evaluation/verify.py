@@ -14,9 +14,9 @@ import torch
 import torchvision
 from torch import nn
 
-from ..assign import initialize
 from ..checkpoints.load import load_ghn
 from ..errors import GHNError
+from ..predictor import initialize
 
 # Networks of five kinds whose parameters are all predicted.
 ARCHITECTURES = ("resnet18", "resnet50", "densenet121", "mobilenet_v2", "vgg11_bn")

@@ -25,14 +25,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..assign import predict_from_graph
 from ..checkpoints.load import load_ghn
-from ..creation import DeferredFills, create_predicted
 from ..devices import has_bf16
 from ..errors import GHNError
 from ..graph import trace
-from ..graph.tape import input_candidates, output_tensors
+from ..graph.record import input_candidates, output_tensors
 from ..hypernet import GHN
+from ..lazy_init import DeferredFills
+from ..predictor import Predictor
 from ..tiling import tile
 from ..training.data import load_dataset
 from ..workers import process_pool
@@ -70,7 +70,7 @@ def examine(name: str, ghn: GHN, images: Tensor | None = None) -> Row:
         parameters = dict(model.named_parameters())
         graph = trace(model)
         # Raises if a prediction is not finite, does not fit, or a parameter has neither a prediction nor a reason.
-        report = predict_from_graph(model, graph, ghn, head="predict").report
+        report = Predictor(ghn, head="predict").from_graph(model, graph).report
         row["seconds"] = round(time.perf_counter() - started, 4)
         size = sum(parameter.numel() for parameter in parameters.values())
         if images is not None:
@@ -98,7 +98,7 @@ def _run(name: str, ghn: GHN, images: Tensor) -> str:
 
     In bfloat16 where that is faster; what fails or looks wrong then is run again in float32, whose word counts.
     """
-    model, _ = create_predicted(partial(timm.create_model, name), ghn, head="predict")
+    model, _ = Predictor(ghn, head="predict").create(partial(timm.create_model, name))
     model.eval()
     finding = ""
     for bf16 in (True, False) if has_bf16(torch.device("cpu")) else (False,):

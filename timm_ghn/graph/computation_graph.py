@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 
+from .kept import Kept
+from .primitives import NORMS, PRIMITIVES, WEIGHTS, Carries
 from .shortest_paths import with_virtual_edges
-
-PRIMITIVES = (
-    "max_pool", "avg_pool", "sep_conv", "dil_conv", "conv", "msa", "cse", "sum",
-    "concat", "input", "bias", "bn", "ln", "pos_enc", "glob_avg",
-)  # fmt: skip
-"""The vocabulary of DeepNets-1M (arXiv 2110.13100, table 1); a primitive's index is its row in the GHN's embedding."""
-
-WEIGHT_PRIMITIVES = frozenset({"sep_conv", "dil_conv", "conv"})
-NORM_PRIMITIVES = frozenset({"bn", "ln"})
-PARAMETER_PRIMITIVES = WEIGHT_PRIMITIVES | NORM_PRIMITIVES | {"bias", "pos_enc"}
-"""Primitives whose nodes are named by a parameter of the model; the others are named by the op that made them."""
-
-BRANCH_SCALE = "scale of a residual branch"
-"""Why a layer scale has no node; a GHN may have been trained with a value for it."""
-
-POSITION_BIAS = "relative position bias"
-"""Why a table that is added to attention's logits has no node; likewise."""
 
 
 class Part(NamedTuple):
@@ -80,7 +65,7 @@ class ComputationGraph:
     shapes: list[tuple[int, ...] | None]
     edges: torch.Tensor
     head: tuple[str, ...] = ()
-    kept: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, Kept] = field(default_factory=dict)
     operands: dict[str, Operands] = field(default_factory=dict)
     readers: dict[tuple[int, int], tuple[str, ...]] = field(default_factory=dict)
 
@@ -114,12 +99,50 @@ class ComputationGraph:
             shapes=[None if shape is None else tuple(shape) for shape in data["shapes"]],
             edges=with_virtual_edges(len(data["ops"]), [tuple(edge) for edge in data["edges"]]),
             head=tuple(data["head"]),
-            kept=dict(data["kept"]),
+            kept={name: Kept(reason) for name, reason in data["kept"].items()},
             operands={
                 name: Operands(tuple(Part(*part) for part in parts), blocks)
                 for name, (parts, blocks) in data["operands"].items()
             },
             readers={(source, target): tuple(operands) for source, target, *operands in data["readers"]},
+        )
+
+    def within(self, vocabulary: Collection[str]) -> ComputationGraph:
+        """The graph as it is for a GHN that knows these primitives only: nodes of others are contracted."""
+        if set(self.ops).issubset(vocabulary):
+            return self
+        sources: list[list[int]] = [[] for _ in self.ops]
+        for source, target in self.edges[self.edges[:, 2] == 1, :2].tolist():
+            sources[target].append(source)
+        frontier: list[frozenset[int]] = []
+        for node, op in enumerate(self.ops):
+            reach = frozenset().union(*(frontier[source] for source in sources[node]))
+            joins_nothing = op in ("sum", "concat") and len(reach) < 2
+            frontier.append(reach if op not in vocabulary or joins_nothing else frozenset({node}))
+        order = [node for node, nodes in enumerate(frontier) if nodes == {node}]
+        rank = {node: position for position, node in enumerate(order)}
+        edges = sorted(
+            {(rank[source], rank[node]) for node in order for before in sources[node] for source in frontier[before]}
+        )
+        kept = dict(self.kept)
+        for node, (op, name) in enumerate(zip(self.ops, self.names, strict=True)):
+            if node not in rank and PRIMITIVES[op].carries is not Carries.NOTHING:
+                kept[name] = Kept.NO_PRIMITIVE
+                if op in NORMS:  # its bias, if it has one, is predicted from the same node
+                    kept[f"{name.removesuffix('weight')}bias"] = Kept.NO_PRIMITIVE
+        return ComputationGraph(
+            ops=[self.ops[node] for node in order],
+            names=[self.names[node] for node in order],
+            shapes=[self.shapes[node] for node in order],
+            edges=with_virtual_edges(len(order), edges),
+            head=tuple(name for name in self.head if name not in kept),
+            kept=kept,
+            operands={name: operands for name, operands in self.operands.items() if name not in kept},
+            readers={
+                (rank[source], rank[target]): read
+                for (source, target), read in self.readers.items()
+                if source in rank and target in rank
+            },
         )
 
     @cached_property
@@ -194,7 +217,7 @@ def bias_chains(
 
     chains = []
     for node, (op, name) in enumerate(zip(ops, names, strict=True)):
-        if op in WEIGHT_PRIMITIVES and name in operands and len(operands[name].parts) > 1:
+        if op in WEIGHTS and name in operands and len(operands[name].parts) > 1:
             chain = [node]
             while behind := [
                 target

@@ -20,10 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .computation_graph import WEIGHT_PRIMITIVES, Operands, Part, bias_chains
-from .tape import Function, Size
+from .annotate import MATMULS
+from .computation_graph import Operands, Part, bias_chains
+from .draft import Draft
+from .primitives import Carries, carrying
+from .record import Function, Size, Tape
 
-MATMULS = frozenset({"Bmm", "Baddbmm", "Mm"})
 _USES = tuple("".join(letter for bit, letter in enumerate("qkv") if bits >> bit & 1) for bits in range(8))
 
 # The rows that a tensor's elements come from: for each element its row (-1: none), or, where the elements are not told
@@ -35,37 +37,31 @@ _Streams = dict[str | int, _Rows]
 
 
 def operands_and_readers(
-    tape: list[Function],
+    tape: Tape,
     frontier: Sequence[frozenset[int] | None],
     attention: Sequence[int | None],
     weighted: Mapping[int, list[str]],
-    leaf_names: Sequence[str | None],
-    parameters: Mapping[str, nn.Parameter],
-    ops: Sequence[str],
-    names: Sequence[str],
-    edges: Mapping[tuple[int, int], list[int]],
+    draft: Draft,
 ) -> tuple[dict[str, Operands], dict[tuple[int, int], tuple[str, ...]]]:
     """What `ComputationGraph.operands` and `.readers` hold, for a graph and the tape that it was made from.
 
     Args:
-        tape: The functions of a forward pass.
-        frontier: For each, the nodes that reach it with no other in between; None for a transformed parameter.
+        tape: What a forward pass left behind.
+        frontier: For each function, the nodes that reach it with no other in between; None for a transformed parameter.
         attention: For each, the attention whose weights it carries from softmax to values, if it does.
         weighted: The functions that apply weights, with the names of these.
-        leaf_names: For each, the parameter that it is the leaf of.
-        parameters: The model's.
-        ops: Primitives of the graph's nodes.
-        names: Their names.
-        edges: Pairs of nodes, with the functions that read the first for the second.
+        draft: The graph.
     """
-    finder = _OperandFinder(tape, frontier, attention, weighted, leaf_names, parameters)
+    finder = _OperandFinder(tape, frontier, attention, weighted)
+    rows = carrying(Carries.WEIGHT, Carries.BIAS)
     found = {
         name: operands
-        for op, name in zip(ops, names, strict=True)
-        if (op in WEIGHT_PRIMITIVES or op == "bias") and (operands := regular(finder.uses(name)))
+        for op, name in zip(draft.ops, draft.names, strict=True)
+        if op in rows and (operands := regular(finder.uses(name)))
     }
+    names, edges = draft.names, draft.edges
     readers: dict[tuple[int, int], tuple[str, ...]] = {}
-    for chain in bias_chains(ops, names, edges, found):
+    for chain in bias_chains(draft.ops, names, edges, found):
         order = [part.operand for part in found[names[chain[0]]].parts]
         read = {
             edge: frozenset().union(*finder.read_by(functions, edge[0], chain, names[chain[0]]))
@@ -86,26 +82,24 @@ class _OperandFinder:
 
     def __init__(
         self,
-        tape: list[Function],
+        tape: Tape,
         frontier: Sequence[frozenset[int] | None],
         attention: Sequence[int | None],
         weighted: Mapping[int, list[str]],
-        leaf_names: Sequence[str | None],
-        parameters: Mapping[str, nn.Parameter],
     ):
-        self.tape = tape
+        self.tape = tape.functions
+        self.leaf_names = tape.names
+        self.parameters = tape.parameters
         self.frontier = frontier
         self.attention = attention
         self.weighted = weighted
-        self.leaf_names = leaf_names
-        self.parameters = parameters
         self.labels: dict[str, np.ndarray] = {}  # parameter -> for each row, the operands that it is read as, as bits
-        self.streams: list[_Streams] = [{}] * len(tape)
+        self.streams: list[_Streams] = [{}] * len(self.tape)
 
-        products = {index: slots for index in range(len(tape)) if (slots := self._operand_slots(index))}
+        products = {index: slots for index in range(len(self.tape)) if (slots := self._operand_slots(index))}
         needed = self._needed(products)
         sides: dict[int, tuple[_Streams, _Streams]] = {}  # of the products that no other has followed so far
-        for index, function in enumerate(tape):
+        for index, function in enumerate(self.tape):
             if index in products:
                 self.streams[index] = self._product(index, products[index], sides)
             elif needed[index]:

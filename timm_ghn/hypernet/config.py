@@ -8,9 +8,19 @@ from collections.abc import Mapping
 from reprlib import repr as short
 from typing import Any
 
+from ..graph import PRIMITIVES
+from .decoders import DECODERS
+from .message_passing import HYPERNETS
+
+PUBLISHED_PRIMITIVES = (
+    "max_pool", "avg_pool", "sep_conv", "dil_conv", "conv", "msa", "cse", "sum",
+    "concat", "input", "bias", "bn", "ln", "pos_enc", "glob_avg",
+)  # fmt: skip
+"""Those of DeepNets-1M; what a checkpoint knows that says nothing of it."""
+
 _CHOICES: dict[str, tuple[str | bool, ...]] = {
-    "hypernet": ("gatedgnn", "graphormer", "mlp"),
-    "decoder": ("conv", "mlp", "lowrank"),
+    "hypernet": tuple(HYPERNETS),
+    "decoder": tuple(DECODERS),
     "weight_norm": (True, False),
     "ve": (True, False),
     "layernorm": (True, False),
@@ -21,6 +31,7 @@ _LIMITS = {
     "num_classes": 1 << 20, "max_shape": 1 << 16, "hid": 1 << 12, "heads": 1 << 12, "layers": 256, "rank": 1 << 12
 }  # fmt: skip
 _MAX_ELEMENTS = 1 << 34
+_MAX_PRIMITIVES = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +96,8 @@ class GHNConfig:
             no position, which is also the mean of timm's inits.
         split_attention: Queries, keys and values are predicted each on its own, from nodes that know which they are,
             also where they are the parts of one parameter. The published checkpoints repeat one tile over all three.
+        primitives: What a node can be for it, in the order of the embedding's rows. What others there are is contracted
+            away before it sees a graph.
         images: What it was trained with, for whoever prepares images for a predicted model. None if unknown. It decides
             nothing about the module, and configs are equal without regard to it.
     """
@@ -103,6 +116,7 @@ class GHNConfig:
     branch_scale: float | None = None
     position_bias: float | None = None
     split_attention: bool = False
+    primitives: tuple[str, ...] = tuple(PRIMITIVES)
     images: Images | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -117,20 +131,28 @@ class GHNConfig:
             if type(size) is not int or not 0 < size <= _LIMITS[name]:
                 limit = _LIMITS[name]
                 raise ValueError(f"GHN config: {name} has {short(size)}; sizes must be positive integers to {limit}.")
-        if self.hid % 4 or (self.hypernet == "graphormer" and self.hid % self.heads):
-            raise ValueError(f"GHN config: hid={self.hid} must be a multiple of 4 and of heads={self.heads}.")
-        if self.decoder == "lowrank" and self.num_classes > self.max_channels:
+        if self.hid % 4:
+            raise ValueError(f"GHN config: hid={self.hid} must be a multiple of 4.")
+        names = self.primitives
+        if not all(isinstance(name, str) for name in names) or len({"input", *names}) != len(names) <= _MAX_PRIMITIVES:
             raise ValueError(
-                f"GHN config: with decoder=lowrank, max_shape={self.max_shape} must be as wide as the widest layer, of "
-                f"which num_classes={self.num_classes} is one."
+                f"GHN config: primitives is {short(names)}; it must be different names, input among them, at most "
+                f"{_MAX_PRIMITIVES}."
             )
+        HYPERNETS[self.hypernet].check(self)
+        DECODERS[self.decoder].check(self)
         for name in ("branch_scale", "position_bias"):
             value = getattr(self, name)
             if value is not None and not math.isfinite(value):
                 raise ValueError(f"GHN config: {name} is {short(value)}; it must be finite.")
-        names = self.images.label_names if self.images else None
-        if names is not None and len(names) != self.num_classes:
-            raise ValueError(f"GHN config: images names {len(names)} classes; num_classes is {self.num_classes}.")
+        labels = self.images.label_names if self.images else None
+        if labels is not None and len(labels) != self.num_classes:
+            raise ValueError(f"GHN config: images names {len(labels)} classes; num_classes is {self.num_classes}.")
+
+    @property
+    def centred(self) -> bool:
+        """Whether kernels are read from the centre of the largest one, and not from its top-left corner."""
+        return HYPERNETS[self.hypernet].centred
 
     @property
     def max_channels(self) -> int:
@@ -138,8 +160,10 @@ class GHNConfig:
         return max(self.max_shape[:2])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types for JSON; without `images` if they are unknown."""
+        """Plain types for JSON; without `images` if they are unknown, and `primitives` if they are the published."""
         fields = {**dataclasses.asdict(self), "max_shape": list(self.max_shape)}
+        if fields.pop("primitives") != PUBLISHED_PRIMITIVES:
+            fields["primitives"] = list(self.primitives)
         images = fields.pop("images")
         if images is not None:
             known = {name: value for name, value in images.items() if value is not None}
@@ -163,6 +187,7 @@ class GHNConfig:
         data.setdefault("hypernet", "graphormer" if "layers" in data else "gatedgnn")
         if "max_shape" in data:
             data["max_shape"] = tuple(data["max_shape"])
+        data["primitives"] = tuple(data.get("primitives", PUBLISHED_PRIMITIVES))
         if data.get("images") is not None:
             data["images"] = Images.from_dict(data["images"])
         return cls(**data)

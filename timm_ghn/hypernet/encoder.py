@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import bisect
-import math
-from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+from ..plan import Shape4d, shape_to_4d
 from .config import GHNConfig
-
-Shape4d = tuple[int, int, int, int]
 
 
 def channel_vocabulary(num_classes: int) -> list[int]:
@@ -25,30 +22,6 @@ def spatial_vocabulary(max_size: int) -> list[int]:
     return sorted({*range(1, max(12, max_size), 2), 14, 16})
 
 
-def shape_to_4d(shape: Sequence[int]) -> Shape4d:
-    """A parameter's shape as (out, in, height, width).
-
-    Vectors and matrices are 1x1 kernels; a position embedding (1, L, C) is a map of C channels on the largest square
-    grid with at most L cells, one of (1, s, s, C) on its own; what has more than two spatial dimensions keeps its last
-    two.
-    """
-    sizes = tuple(shape)
-    if is_grid_of_channels(sizes):
-        return 1, sizes[3], sizes[1], sizes[2]
-    if len(sizes) == 3 and sizes[0] == 1 and min(sizes[1:]) > 1:
-        side = math.isqrt(sizes[1])
-        return 1, sizes[2], side, side
-    if len(sizes) > 4:
-        sizes = (*sizes[:2], *sizes[-2:])
-    out, into, height, width = (*sizes, 1, 1, 1, 1)[:4]
-    return out, into, height, width
-
-
-def is_grid_of_channels(shape: Sequence[int]) -> bool:
-    """Whether a shape is that of a position embedding with its channels last."""
-    return len(shape) == 4 and shape[0] == 1 and shape[1] == shape[2] != shape[3]
-
-
 class ShapeEncoder(nn.Module):
     """Embeds a 4-d shape as four vectors of d/4, concatenated (arXiv 2110.13100, appendix B)."""
 
@@ -60,7 +33,7 @@ class ShapeEncoder(nn.Module):
         self.embed_spatial = nn.Embedding(len(self.spatial) + 1, config.hid // 4)
         self.embed_channel = nn.Embedding(len(self.channels) + 1, config.hid // 4)
 
-    def rows(self, shape: Sequence[int] | None) -> Shape4d:
+    def rows(self, shape: tuple[int, ...] | None) -> Shape4d:
         """Embedding rows of a shape's four entries."""
         if shape is None:
             return len(self.channels), len(self.channels), len(self.spatial), len(self.spatial)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from huggingface_hub import ModelHubMixin
@@ -16,23 +15,16 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from ..graph.computation_graph import (
-    BRANCH_SCALE,
-    NORM_PRIMITIVES,
-    PARAMETER_PRIMITIVES,
-    POSITION_BIAS,
-    PRIMITIVES,
-    ComputationGraph,
-    Operands,
-)
+from ..graph import ComputationGraph
+from ..graph.computation_graph import Operands
+from ..plan import Layout, Plan, Role, Shape4d, Target, make_plan, shape_to_4d
 from ..tiling import tile
 from .config import GHNConfig
-from .decoder import DECODERS
-from .encoder import Shape4d, ShapeEncoder, is_grid_of_channels, shape_to_4d
-from .message_passing import MAX_DEGREE, MAX_INPUT_DISTANCE, MLP, GatedGNN, Graphormer, NodeMLP
+from .decoders import DECODERS
+from .encoder import ShapeEncoder
+from .message_passing import HYPERNETS, MLP
 
 _OPERANDS = "qkv"
-_PRIMITIVE_INDEX = {name: index for index, name in enumerate(PRIMITIVES)}
 
 
 class GHN(
@@ -55,20 +47,15 @@ class GHN(
         super().__init__()
         self.config = config
         hid = config.hid
-        self.embed = nn.Embedding(len(PRIMITIVES), hid)
+        self.embed = nn.Embedding(len(config.primitives), hid)
         self.shape_enc = ShapeEncoder(config)
         if config.split_attention:
             # The nodes of queries, keys and values have the same shape, the same sources and the same targets: without
             # a feature of their own they would have the same state and decode to the same weights.
             self.operand_embed = nn.Embedding(len(_OPERANDS), hid)
-        self.gnn: GatedGNN | Graphormer | NodeMLP
-        if config.hypernet == "graphormer":
-            self.gnn = Graphormer(config)
-            self.centrality_embed_in = nn.Embedding(MAX_DEGREE + 1, hid)
-            self.centrality_embed_out = nn.Embedding(MAX_DEGREE + 1, hid)
-            self.input_dist_embed = nn.Embedding(MAX_INPUT_DISTANCE + 1, hid)
-        else:
-            self.gnn = GatedGNN(config) if config.hypernet == "gatedgnn" else NodeMLP(config)
+        self.gnn = HYPERNETS[config.hypernet](config)
+        for name, largest in self.gnn.node_embeddings.items():
+            self.add_module(name, nn.Embedding(largest + 1, hid))
         if config.layernorm:
             self.ln = nn.LayerNorm(hid)
         self.decoder = DECODERS[config.decoder](config)
@@ -93,36 +80,6 @@ class GHN(
         source = model_id if Path(model_id).exists() else f"hf-hub:{model_id}" + (f"@{revision}" if revision else "")
         return copy.deepcopy(cls.loader(source))  # the loader shares what it loaded
 
-    def node_states(self, graphs: Sequence[ComputationGraph], predict_head: bool = True) -> torch.Tensor:
-        """States [N, d] of all nodes of the graphs, one graph after the other, ready for the decoders."""
-        device = self.embed.weight.device
-        primitives = torch.tensor([_PRIMITIVE_INDEX[op] for graph in graphs for op in graph.ops])
-        rows = torch.tensor([row for graph in graphs for row in self._shape_rows(graph, predict_head)])
-        x = self.embed(primitives.to(device)) + self.shape_enc(rows.to(device))
-        if self.config.split_attention:
-            uses = torch.tensor([use for graph in graphs for use in _uses(graph)], dtype=x.dtype)
-            x = x + uses.to(device) @ self.operand_embed.weight
-
-        sizes = [len(graph) for graph in graphs]
-        edges, offset = [], 0
-        for graph, size in zip(graphs, sizes, strict=True):
-            edges.append(graph.edges + graph.edges.new_tensor([offset, offset, 0]))
-            offset += size
-        if isinstance(self.gnn, Graphormer):
-            centrality = (self.centrality_embed_in, self.centrality_embed_out, self.input_dist_embed)
-            x = self.gnn(x, torch.cat(edges), sizes, centrality)
-        else:
-            x = self.gnn(x, torch.cat(edges), sizes)
-        return self.ln(x) if self.config.layernorm else x
-
-    def _shape_rows(self, graph: ComputationGraph, predict_head: bool) -> list[Shape4d]:
-        head = set() if predict_head else set(graph.head)
-        return [
-            # A head that is left alone looks like one for the classes the GHN was trained on.
-            self.shape_enc.rows((self.config.num_classes, *shape[1:]) if name in head and shape else shape)
-            for name, shape in zip(graph.names, graph.shapes, strict=True)
-        ]
-
     def forward(self, graphs: Sequence[ComputationGraph], predict_head: bool = True) -> list[dict[str, torch.Tensor]]:
         """Predicts the parameters of several networks at once.
 
@@ -138,92 +95,139 @@ class GHN(
         """
         if not graphs:
             return []
-        whole = graphs
+        plans = [make_plan(graph, self.config, self.decoder.decoded_shape, predict_head) for graph in graphs]
+        states = self.node_states(plans)
+        jobs = _Jobs(plans)
+        tiles: list[dict[str, torch.Tensor]] = [{} for _ in plans]
+        for predicted in (
+            self._constants(jobs),
+            self._vectors(jobs, states),
+            self._class_biases(jobs, states),
+            self._kernels(jobs, states),
+            self._class_weights(jobs, states),
+        ):
+            for job, tile_of_it in predicted:
+                tiles[job.network][job.target.name] = tile_of_it
+        return [_with_joined_parts(found, plan.whole) for found, plan in zip(tiles, plans, strict=True)]
+
+    def node_states(self, plans: Sequence[Plan]) -> torch.Tensor:
+        """States [N, d] of all nodes of the graphs, one graph after the other, ready for the decoders."""
+        device = self.embed.weight.device
+        row = {name: index for index, name in enumerate(self.config.primitives)}
+        primitives = torch.tensor([row[op] for plan in plans for op in plan.graph.ops])
+        shapes = torch.tensor([self.shape_enc.rows(shape) for plan in plans for shape in plan.shapes])
+        x = self.embed(primitives.to(device)) + self.shape_enc(shapes.to(device))
         if self.config.split_attention:
-            graphs = [graph.untied for graph in graphs]
-        x = self.node_states(graphs, predict_head)
-        vectors: list[tuple[int, int]] = []  # (graph, node) of norms and biases
-        class_biases: list[tuple[int, int]] = []
-        kernels: dict[Shape4d, list[tuple[int, int]]] = defaultdict(list)
-        class_weights: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        starts = [0]
-        for g, graph in enumerate(graphs):
-            starts.append(starts[-1] + len(graph))
-            for node, (op, name, shape) in enumerate(zip(graph.ops, graph.names, graph.shapes, strict=True)):
-                if op not in PARAMETER_PRIMITIVES or shape is None or (name in graph.head and not predict_head):
-                    continue
-                if op in NORM_PRIMITIVES or op == "bias":
-                    (class_biases if name in graph.head else vectors).append((g, node))
-                elif name in graph.head:
-                    class_weights[min(shape_to_4d(shape)[1], self.config.max_shape[1])].append((g, node))
-                else:
-                    kernels[self.decoder.decoded_shape(shape_to_4d(shape))].append((g, node))
+            uses = torch.tensor([use for plan in plans for use in _uses(plan.graph)], dtype=x.dtype)
+            x = x + uses.to(device) @ self.operand_embed.weight
 
-        def states(nodes: list[tuple[int, int]]) -> torch.Tensor:
-            return x[torch.tensor([starts[g] + node for g, node in nodes], device=x.device)]
+        sizes = [len(plan.graph) for plan in plans]
+        edges, offset = [], 0
+        for plan, size in zip(plans, sizes, strict=True):
+            edges.append(plan.graph.edges + plan.graph.edges.new_tensor([offset, offset, 0]))
+            offset += size
+        embeddings = [cast(nn.Embedding, self.get_submodule(name)) for name in self.gnn.node_embeddings]
+        x = self.gnn(x, torch.cat(edges), sizes, embeddings)
+        return self.ln(x) if self.config.layernorm else x
 
-        predicted = [self._constants(graph) for graph in graphs]
-        if vectors:
-            weights, biases = self._vectors(states(vectors))
-            for (g, node), weight, bias in zip(vectors, weights.unbind(), biases.unbind(), strict=True):
-                graph, name = graphs[g], graphs[g].names[node]
-                size = math.prod(graph.shapes[node] or ())
-                if graph.ops[node] == "bias":
-                    predicted[g][name] = bias[:size]
-                else:
-                    predicted[g][name] = weight[:size]
-                    predicted[g][f"{name.removesuffix('weight')}bias"] = bias[:size]
-        if class_biases:
-            biases = self.decoder_1d(states(class_biases)).view(-1, 2, self.config.max_channels)[:, 1]
-            biases = self.bias_class(biases)
-            for (g, node), bias in zip(class_biases, self._normalised_bias(biases).unbind(), strict=True):
-                predicted[g][graphs[g].names[node]] = bias
-        decoded = self.decoder([states(nodes) for nodes in kernels.values()], list(kernels)) if kernels else []
-        for nodes, group in zip(kernels.values(), decoded, strict=True):
-            for (g, node), kernel in zip(nodes, group.unbind(), strict=True):
-                shape = graphs[g].shapes[node]
-                assert shape is not None
-                predicted[g][graphs[g].names[node]] = self._normalised_kernel(_as_parameter(kernel, shape), shape)
-        for in_features, nodes in class_weights.items():
-            weights = self.decoder.class_weight(states(nodes), in_features)
-            for (g, node), weight in zip(nodes, weights.unbind(), strict=True):
-                shape = graphs[g].shapes[node]
-                assert shape is not None
-                predicted[g][graphs[g].names[node]] = self._normalised_kernel(weight, shape)
-        if self.config.split_attention:
-            for graph, tiles in zip(whole, predicted, strict=True):
-                for name, operands in graph.operands.items():
-                    if len(operands.parts) > 1:
-                        tiles[name] = _joined([tiles.pop(part) for part in operands.names(name)], operands)
-        return predicted
+    def _constants(self, jobs: _Jobs) -> Predictions:
+        for job in jobs.of(Role.CONSTANT):
+            yield job, self.embed.weight.new_tensor(job.target.gain)
 
-    def _constants(self, graph: ComputationGraph) -> dict[str, torch.Tensor]:
-        """Parameters without a node that all had one value while the GHN was trained."""
-        trained = {BRANCH_SCALE: self.config.branch_scale, POSITION_BIAS: self.config.position_bias}
-        values = {role: self.embed.weight.new_tensor(value) for role, value in trained.items() if value is not None}
-        return {name: values[reason] for name, reason in graph.kept.items() if reason in values}
-
-    def _vectors(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        weights, biases = self.decoder_1d(x).view(-1, 2, self.config.max_channels).unbind(1)
+    def _vectors(self, jobs: _Jobs, states: torch.Tensor) -> Predictions:
+        """Norms, whose weight and bias come from one node, and biases."""
+        wanted = jobs.of(Role.BIAS, Role.NORM_WEIGHT, Role.NORM_BIAS)
+        if not wanted:
+            return
+        place = {row: index for index, row in enumerate(dict.fromkeys(job.row for job in wanted))}
+        weights, biases = self._decoded_vectors(states[torch.tensor(list(place), device=states.device)]).unbind(1)
         if self.config.weight_norm:
             weights = 2 * torch.sigmoid(0.5 * weights)
-        return weights, self._normalised_bias(biases)
+        rows = {True: weights.unbind(), False: self._squashed(biases).unbind()}
+        for job in wanted:
+            vector = rows[job.target.role is Role.NORM_WEIGHT][place[job.row]]
+            yield job, vector[: job.target.decoded[0]]
 
-    def _normalised_bias(self, biases: torch.Tensor) -> torch.Tensor:
+    def _class_biases(self, jobs: _Jobs, states: torch.Tensor) -> Predictions:
+        if wanted := jobs.of(Role.CLASS_BIAS):
+            biases = self.bias_class(self._decoded_vectors(_states(states, wanted))[:, 1])
+            yield from zip(wanted, self._squashed(biases).unbind(), strict=True)
+
+    def _kernels(self, jobs: _Jobs, states: torch.Tensor) -> Predictions:
+        groups = _grouped(jobs.of(Role.WEIGHT, Role.POSITIONS))
+        if not groups:
+            return
+        decoded = self.decoder([_states(states, group) for group in groups.values()], list(groups))
+        for group, kernels in zip(groups.values(), decoded, strict=True):
+            for job, kernel in zip(group, kernels.unbind(), strict=True):
+                yield job, _scaled(_as_parameter(kernel, job.target), job.target)
+
+    def _class_weights(self, jobs: _Jobs, states: torch.Tensor) -> Predictions:
+        for (_, in_features, *_), group in _grouped(jobs.of(Role.CLASS_WEIGHT)).items():
+            weights = self.decoder.class_weight(_states(states, group), in_features)
+            for job, weight in zip(group, weights.unbind(), strict=True):
+                yield job, _scaled(weight, job.target)
+
+    def _decoded_vectors(self, states: torch.Tensor) -> torch.Tensor:
+        """States [n, d] to [n, 2, max_channels]: a weight and a bias."""
+        return self.decoder_1d(states).view(-1, 2, self.config.max_channels)
+
+    def _squashed(self, biases: torch.Tensor) -> torch.Tensor:
         return torch.tanh(0.2 * biases) if self.config.weight_norm else biases
 
-    def _normalised_kernel(self, kernel: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-        """Scales to the fan-in of the parameter, so that activations keep their variance (arXiv 2110.13100, §3.2.3)."""
-        if not self.config.weight_norm or (len(shape) > 2 and shape[0] == 1 and shape[2] >= 11):
-            return kernel  # position embeddings are not products with anything
-        linear = len(shape) > 2 and (shape[1] == 1 or (len(shape) > 3 and shape[2] < shape[3]))
-        return kernel * math.sqrt((1 if linear else 2) / math.prod(shape[1:]))
+
+class _Job(NamedTuple):
+    """A target of one of several networks, with the row of the states that it is decoded from."""
+
+    network: int
+    row: int
+    target: Target
+
+
+Predictions = Iterator[tuple[_Job, torch.Tensor]]
+
+
+class _Jobs:
+    """The targets of several networks, network by network."""
+
+    def __init__(self, plans: Sequence[Plan]):
+        self._all: list[_Job] = []
+        start = 0
+        for network, plan in enumerate(plans):
+            self._all += [_Job(network, start + (target.node or 0), target) for target in plan.targets]
+            start += len(plan.graph)
+
+    def of(self, *roles: Role) -> list[_Job]:
+        return [job for job in self._all if job.target.role in roles]
+
+
+def _grouped(jobs: Iterable[_Job]) -> dict[Shape4d, list[_Job]]:
+    """By what is decoded."""
+    groups: dict[Shape4d, list[_Job]] = defaultdict(list)
+    for job in jobs:
+        groups[job.target.decoded].append(job)
+    return groups
+
+
+def _states(states: torch.Tensor, jobs: list[_Job]) -> torch.Tensor:
+    return states[torch.tensor([job.row for job in jobs], device=states.device)]
+
+
+def _scaled(kernel: torch.Tensor, target: Target) -> torch.Tensor:
+    return kernel if target.gain == 1 else kernel * target.gain
 
 
 def _uses(graph: ComputationGraph) -> list[list[bool]]:
     """For each node, which of an attention's operands its parameter makes."""
     used = {name: use.parts[0].operand for name, use in graph.operands.items() if len(use.parts) == 1}
     return [[operand in used.get(name, "") for operand in _OPERANDS] for name in graph.names]
+
+
+def _with_joined_parts(tiles: dict[str, torch.Tensor], whole: Mapping[str, Operands]) -> dict[str, torch.Tensor]:
+    """Tiles of parameters, where some are those of their parts."""
+    for name, operands in whole.items():
+        tiles[name] = _joined([tiles.pop(part) for part in operands.names(name)], operands)
+    return tiles
 
 
 def _joined(parts: list[torch.Tensor], operands: Operands) -> torch.Tensor:
@@ -235,23 +239,27 @@ def _joined(parts: list[torch.Tensor], operands: Operands) -> torch.Tensor:
     return torch.cat(blocks, dim=1).flatten(0, 1)
 
 
-def _as_parameter(kernel: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """A decoded kernel [out, in, h, w] in the parameter's own number of dimensions.
+def _as_parameter(kernel: torch.Tensor, target: Target) -> torch.Tensor:
+    """A decoded kernel [out, in, h, w] in the parameter's own dimensions.
 
     Spatial sizes are always the parameter's: a kernel larger than the decoder's largest is resized bilinearly, as
     GHN-3 does with position embeddings.
     """
-    target = shape_to_4d(shape)
-    if kernel.shape[2:] != target[2:]:
-        kernel = F.interpolate(kernel, target[2:], mode="bilinear")
-    if len(shape) == 4:
-        return kernel.permute(0, 2, 3, 1) if is_grid_of_channels(shape) else kernel
-    if len(shape) < 3:
-        return kernel[..., 0, 0] if len(shape) == 2 else kernel[:, 0, 0, 0]
-    if len(shape) == 3:
-        if shape[0] == 1 and min(shape[1:]) > 1:  # a position embedding: channels last
-            table = kernel.flatten(2).transpose(1, 2)
-            return F.pad(table, (0, 0, shape[1] - table.shape[1], 0))  # class tokens come first and have no position
+    size = shape_to_4d(target.shape)[2:]
+    if kernel.shape[2:] != size:
+        kernel = F.interpolate(kernel, size, mode="bilinear")
+    if target.layout is Layout.KERNEL:
+        return kernel
+    if target.layout is Layout.MATRIX:
+        return kernel[..., 0, 0]
+    if target.layout is Layout.VECTOR:
+        return kernel[:, 0, 0, 0]
+    if target.layout is Layout.SEQUENCE:
         return kernel[..., 0]
-    middle = (1,) * (len(shape) - 4)
+    if target.layout is Layout.GRID:
+        return kernel.permute(0, 2, 3, 1)
+    if target.layout is Layout.TOKENS:
+        table = kernel.flatten(2).transpose(1, 2)
+        return F.pad(table, (0, 0, target.shape[1] - table.shape[1], 0))  # class tokens come first, without a position
+    middle = (1,) * (len(target.shape) - 4)
     return kernel.view(*kernel.shape[:2], *middle, *kernel.shape[2:])

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from ..ops import Topology, edge_bias, gated_gnn
-from .config import GHNConfig
+
+if TYPE_CHECKING:
+    from .config import GHNConfig
 
 MAX_DEGREE = 100
 MAX_INPUT_DISTANCE = 1000
@@ -33,7 +36,38 @@ class MLP(nn.Module):
         return first.weight, first.bias, second.weight, second.bias
 
 
-class GatedGNN(nn.Module):
+class MessagePassing(nn.Module):
+    """A way for nodes to talk to each other.
+
+    Attributes:
+        node_embeddings: The embeddings of a node's place in the graph that it adds to the states, by the names that the
+            published checkpoints have for them, with the largest index of each.
+        centred: Whether it goes with kernels that are read from the centre of the largest one, as in GHN-3, instead of
+            the top-left corner.
+    """
+
+    node_embeddings: ClassVar[dict[str, int]] = {}
+    centred: ClassVar[bool] = False
+
+    @classmethod
+    def check(cls, config: GHNConfig) -> None:
+        """Raises ValueError if it cannot be built by a config."""
+
+    def forward(
+        self, x: torch.Tensor, edges: torch.Tensor, sizes: list[int], embeddings: Sequence[nn.Embedding]
+    ) -> torch.Tensor:
+        """[N, d] states and int64 [E, 3] edges of the whole batch to updated [N, d] states.
+
+        Args:
+            x: The states.
+            edges: (source, target, distance).
+            sizes: Nodes of each graph.
+            embeddings: Those of `node_embeddings`.
+        """
+        raise NotImplementedError
+
+
+class GatedGNN(MessagePassing):
     """One round of gated message passing along the graph and back (arXiv 1810.05749 eq. 3; 2110.13100 eq. 4)."""
 
     def __init__(self, config: GHNConfig):
@@ -44,7 +78,9 @@ class GatedGNN(nn.Module):
         self.mlp_ve = MLP(hid, hidden, hid, last_relu=True) if config.ve else None
         self.gru = nn.GRUCell(hid, hid)
 
-    def forward(self, x: torch.Tensor, edges: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, edges: torch.Tensor, sizes: list[int], embeddings: Sequence[nn.Embedding]
+    ) -> torch.Tensor:
         """[N, d] states and int64 [E, 3] edges of the whole batch to updated [N, d] states."""
         topology = Topology.from_edges(edges, sizes).to(x.device)
         gru = self.gru
@@ -54,14 +90,16 @@ class GatedGNN(nn.Module):
         return gated_gnn(x, topology, *self.mlp.tensors(), *self.mlp_ve.tensors(), *gates)
 
 
-class NodeMLP(nn.Module):
+class NodeMLP(MessagePassing):
     """The MLP baseline: every node on its own (arXiv 2110.13100, §5)."""
 
     def __init__(self, config: GHNConfig):
         super().__init__()
         self.fc = MLP(config.hid, config.hid, config.hid, last_relu=True).fc
 
-    def forward(self, x: torch.Tensor, edges: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, edges: torch.Tensor, sizes: list[int], embeddings: Sequence[nn.Embedding]
+    ) -> torch.Tensor:
         """[N, d] to [N, d]; the graphs are not looked at."""
         return self.fc(x)
 
@@ -111,19 +149,29 @@ class GraphormerLayer(nn.Module):
         return x + self.ff["net"](self.ln2(x))
 
 
-class Graphormer(nn.ModuleList):
+class Graphormer(nn.ModuleList, MessagePassing):
     """GHN-3's message passing (arXiv 2303.04143, §3.1)."""
+
+    node_embeddings: ClassVar[dict[str, int]] = {
+        "centrality_embed_in": MAX_DEGREE,
+        "centrality_embed_out": MAX_DEGREE,
+        "input_dist_embed": MAX_INPUT_DISTANCE,
+    }
+    centred = True
+
+    @classmethod
+    def check(cls, config: GHNConfig) -> None:
+        """Raises ValueError if it cannot be built by a config."""
+        if config.hid % config.heads:
+            raise ValueError(f"GHN config: hid={config.hid} must be a multiple of heads={config.heads}.")
 
     def __init__(self, config: GHNConfig):
         super().__init__(GraphormerLayer(config.hid, config.heads, edges=i == 0) for i in range(config.layers))
 
     def forward(
-        self, x: torch.Tensor, edges: torch.Tensor, sizes: list[int], centrality: tuple[nn.Embedding, ...]
+        self, x: torch.Tensor, edges: torch.Tensor, sizes: list[int], embeddings: Sequence[nn.Embedding]
     ) -> torch.Tensor:
-        """[N, d] states and int64 [E, 3] edges of the whole batch to updated [N, d] states.
-
-        `centrality` holds the embeddings of in-degree, out-degree and distance from the input.
-        """
+        """[N, d] states and int64 [E, 3] edges of the whole batch to updated [N, d] states."""
         batch, width = len(sizes), max(sizes)
         starts = torch.tensor([0, *sizes[:-1]], device=x.device).cumsum(0)
         counts = torch.tensor(sizes, device=x.device)
@@ -135,12 +183,11 @@ class Graphormer(nn.ModuleList):
         distances[graph[source], local[source], local[target]] = distance
         neighbours = distances == 1
         indices = (neighbours.sum(1), neighbours.sum(2), distances[:, 0])
-        limits = (MAX_DEGREE, MAX_DEGREE, MAX_INPUT_DISTANCE)
 
         padded = x.new_zeros(batch, width, x.shape[1])
         padded[graph, local] = x
-        for embed, index, limit in zip(centrality, indices, limits, strict=True):
-            padded = padded + embed(index.clamp(max=limit))
+        for embed, index in zip(embeddings, indices, strict=True):
+            padded = padded + embed(index.clamp(max=embed.num_embeddings - 1))
 
         bias = cast(GraphormerLayer, self[0]).attn.edge_bias(distances)
         padding = torch.arange(width, device=x.device) >= counts[:, None]
@@ -148,3 +195,6 @@ class Graphormer(nn.ModuleList):
         for layer in self:
             padded = layer(padded, bias)
         return padded[graph, local]
+
+
+HYPERNETS: dict[str, type[MessagePassing]] = {"gatedgnn": GatedGNN, "graphormer": Graphormer, "mlp": NodeMLP}

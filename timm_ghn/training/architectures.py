@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from timm_ghn.lazy_init import NoInitialisation
 from timm_ghn.training.families import FAMILIES
 from timm_ghn.training.sampling import Config, Cost, Draw
 
@@ -59,26 +59,6 @@ SPLITS: dict[str, dict[str, Split]] = {
 
 # Enough that even a family that seldom fits the limits is found, few enough that impossible limits end soon.
 _MAX_DRAWS = 20_000
-
-
-# What constructors call to fill a parameter. Without memory behind it there is nothing to fill, yet each call passes
-# through the decompositions of torch's meta kernels, up to milliseconds for a clamp.
-_INITIALISERS = frozenset(
-    [
-        getattr(torch.Tensor, name)
-        for name in ("normal_", "uniform_", "fill_", "zero_", "erfinv_", "clamp_", "mul_", "add_")
-    ]
-    + [nn.init.kaiming_normal_, nn.init.kaiming_uniform_, nn.init.xavier_uniform_]
-    + [nn.init.normal_, nn.init.uniform_, nn.init.trunc_normal_, nn.init.constant_, nn.init.ones_, nn.init.zeros_]
-)
-
-
-class _NoInitialisation(TorchFunctionMode):
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        kwargs = kwargs or {}
-        if func in _INITIALISERS:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -125,7 +105,7 @@ class Architecture:
 
     def skeleton(self, num_classes: int, in_chans: int = 3, image_size: int = 32) -> nn.Module:
         """The module on the meta device, several times faster than `build` there: initialisers are not run."""
-        with torch.device("meta"), _NoInitialisation():
+        with torch.device("meta"), NoInitialisation():
             return self.build(num_classes, in_chans, image_size)
 
     def cost(self, num_classes: int = 10, in_chans: int = 3, image_size: int = 32) -> Cost:
@@ -134,7 +114,7 @@ class Architecture:
         if added_up is not None:
             return added_up(self.config, num_classes, in_chans, image_size)
         # On the CPU, with whatever is in memory: a forward pass on the meta device takes three times as long.
-        with torch.device("cpu"), torch.random.fork_rng(devices=[]), _NoInitialisation():
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]), NoInitialisation():
             model = self.build(num_classes, in_chans, image_size).eval().requires_grad_(False)
             images = torch.empty(1, in_chans, image_size, image_size)
         # As plain products, attention is counted on every device.

@@ -249,8 +249,40 @@ class Function:
         self.saved = node
 
 
-def record(outputs: list[torch.Tensor]) -> list[Function]:
-    """Every autograd function behind `outputs`, each after the functions it reads from."""
+class Tape:
+    """What autograd recorded of a run, next to the model that ran.
+
+    Attributes:
+        run: The run.
+        functions: Every function behind its outputs, each after the functions it reads from.
+        readers: For each function, those that read from it.
+        names: For each function, the parameter that it is the leaf of.
+        inputs: The leaves that are the run's inputs.
+        model: The module that ran.
+        parameters: Its parameters, by name.
+        owners: The modules that they belong to.
+    """
+
+    def __init__(self, model: nn.Module, run: Run):
+        self.run, self.model = run, model
+        self.functions = _functions(run.outputs)
+        self.readers: list[list[int]] = [[] for _ in self.functions]
+        for index, function in enumerate(self.functions):
+            for source in function.inputs:
+                if source is not None:
+                    self.readers[source].append(index)
+        self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+        self.owners: dict[str, nn.Module] = {}
+        for prefix, module in model.named_modules():
+            for name in module._parameters:
+                self.owners.setdefault(f"{prefix}.{name}" if prefix else name, module)
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        self.names = [None if f.variable is None else names.get(id(f.variable)) for f in self.functions]
+        leaves = {id(leaf) for leaf in run.leaves}
+        self.inputs = {index for index, function in enumerate(self.functions) if id(function.variable) in leaves}
+
+
+def _functions(outputs: list[torch.Tensor]) -> list[Function]:
     order: list[Any] = []
     position: dict[Any, int] = {}
     stack: list[tuple[Any, bool]] = [(output.grad_fn, False) for output in reversed(outputs)]

@@ -1,29 +1,24 @@
-"""Creating a model whose random values are drawn only where no prediction takes their place.
+"""Building modules without drawing what will be overwritten.
 
 Most of the time it takes to make a model goes into filling its parameters with random numbers. While a model is built
-for a prediction, what would fill a tensor is therefore only noted down. It runs as soon as anything looks at the tensor
-and else when the predictions are known, for the parameters without one. Values and buffers that stay are thus made by
-the model's own code, in its order; only the random numbers of predicted parameters are never drawn, so the generator
-stands elsewhere afterwards than after a plain creation.
+for a prediction, what would fill a tensor is therefore only noted down (`DeferredFills`). It runs as soon as anything
+looks at the tensor and else when the predictions are known, for the parameters without one. Values and buffers that
+stay are thus made by the model's own code, in its order; only the random numbers of predicted parameters are never
+drawn, so the generator stands elsewhere afterwards than after a plain creation.
+
+A model that is only to be looked at, on the meta device, needs no values at all (`NoInitialisation`).
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from .ambient import plain_torch
-from .assign import Prediction, Report, check_head, is_zero, predict_from_graph, write
-from .finetune import check_preparation, prepare
-from .graph import ComputationGraph, cache, trace
-
-if TYPE_CHECKING:
-    from .hypernet import GHN
+from . import derived
 
 # What gives a tensor its values, whatever they were before.
 _FILLS = frozenset({
@@ -97,7 +92,7 @@ class DeferredFills(TorchFunctionMode):
         if any(func not in _CONSTANT_FILLS for _, func, *_ in self._pending.get(storage, ())):
             return False
         self.run([storage])
-        return is_zero(tensor)
+        return derived.is_zero(tensor)
 
     def forget(self, tensors: Iterable[torch.Tensor]) -> None:
         """Drops what was noted down for tensors that somebody is about to write as a whole."""
@@ -125,78 +120,23 @@ def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor
     return found
 
 
-def create_predicted(
-    build: Callable[[], nn.Module],
-    ghn: GHN,
-    head: str = "auto",
-    input_size: int | tuple[int, ...] | None = None,
-    finetune: str | None = None,
-    inputs: Any = None,
-) -> tuple[nn.Module, Report]:
-    """Builds a model and predicts its parameters, in less time than filling them at random would take.
-
-    Args:
-        build: Makes the model.
-        ghn: What predicts.
-        head: As for `timm_ghn.predict`.
-        input_size: As for `timm_ghn.predict`.
-        finetune: As for `timm_ghn.predict`.
-        inputs: As for `timm_ghn.predict`.
-
-    Returns:
-        The model and the report of its prediction. If anything goes wrong there is no model, only the error.
-    """
-    check_preparation(finetune)
-    model, prediction = build_unwritten(build, ghn, head, input_size, inputs)
-    if finetune is not None:
-        prediction = prepare(model, prediction, finetune)
-    write(model, prediction)
-    return model, prediction.report
+# What constructors call to fill a parameter. Without memory behind it there is nothing to fill, yet each call passes
+# through the decompositions of torch's meta kernels, up to milliseconds for a clamp.
+_INITIALISERS = frozenset(
+    [
+        getattr(torch.Tensor, name)
+        for name in ("normal_", "uniform_", "fill_", "zero_", "erfinv_", "clamp_", "mul_", "add_")
+    ]
+    + [nn.init.kaiming_normal_, nn.init.kaiming_uniform_, nn.init.xavier_uniform_]
+    + [nn.init.normal_, nn.init.uniform_, nn.init.trunc_normal_, nn.init.constant_, nn.init.ones_, nn.init.zeros_]
+)
 
 
-def build_unwritten(
-    build: Callable[[], nn.Module],
-    ghn: GHN,
-    head: str = "auto",
-    input_size: int | tuple[int, ...] | None = None,
-    inputs: Any = None,
-) -> tuple[nn.Module, Prediction]:
-    """`create_predicted` without its last step: predicted parameters are memory that nobody has written or touched."""
-    check_head(head)
-    fills = DeferredFills()
-    started = time.perf_counter()
-    try:
-        with fills:
-            model = build()
-        built = time.perf_counter()
-        parameters = dict(model.named_parameters())
-        with plain_torch():  # the model is what its maker wants; the prediction is not theirs to change
-            # What the graphs in the cache were traced on is a size.
-            graph = _graph(model, input_size) if inputs is None else trace(model, input_size, inputs)
-            traced = time.perf_counter()
-            prediction = predict_from_graph(model, graph, ghn, head, fills.is_zero)
-        fills.forget(parameters[name] for name in prediction)
-    except Exception:
-        fills.run()  # somebody else may hold a part of what was built
-        raise
-    predicted = time.perf_counter()
-    fills.run()
-    prediction.report.seconds = {
-        "build": built - started,
-        "trace": traced - built,
-        "predict": predicted - traced,
-        "fill": time.perf_counter() - predicted,
-    }
-    return model, prediction
+class NoInitialisation(TorchFunctionMode):
+    """While active in a thread, nothing fills tensors; for models on the meta device, which have nothing to fill."""
 
-
-def _graph(model: nn.Module, input_size: int | tuple[int, ...] | None) -> ComputationGraph:
-    """From the cache, if this model's was traced before."""
-    file = cache.locate(model, input_size)
-    if file is None:
-        return trace(model, input_size)
-    graph = cache.load(file)
-    if graph is None:
-        graph = trace(model, input_size)
-        cache.store(file, graph)
-    return graph
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        if func in _INITIALISERS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)

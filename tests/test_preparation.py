@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import timm_ghn
-from timm_ghn.finetune import PREPARATIONS
+from timm_ghn.preparation import PREPARATIONS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

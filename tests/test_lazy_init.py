@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from timm_ghn import GHN, initialize, load_ghn, predict
-from timm_ghn.creation import DeferredFills, create_predicted
 from timm_ghn.errors import GHNError
+from timm_ghn.lazy_init import DeferredFills
+from timm_ghn.predictor import Predictor
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def test_only_predicted_parameters_differ_from_timms(name: str, ghn: GHN, monkey
     for function in ("uniform_", "normal_"):
         monkeypatch.setattr(torch.Tensor, function, lambda tensor, *args, **kwargs: fill(tensor, 0.5))
     plain = timm.create_model(name)
-    model, report = create_predicted(lambda: timm.create_model(name), ghn)
+    model, report = Predictor(ghn).create(lambda: timm.create_model(name))
     assert type(model) is type(plain) and model.training
     assert report.predicted.keys() | report.kept.keys() == dict(plain.named_parameters()).keys()
     prediction = predict(plain, ghn)
@@ -57,18 +58,18 @@ def test_random_numbers(name: str, ghn: GHN) -> None:
 
     def create() -> nn.Module:
         torch.manual_seed(1)
-        return create_predicted(lambda: timm.create_model(name), ghn)[0]
+        return Predictor(ghn).create(lambda: timm.create_model(name))[0]
 
     one, other = create().state_dict(), create().state_dict()
     assert all(torch.equal(one[key], other[key]) for key in one)
     before = torch.get_rng_state()
-    model, report = create_predicted(lambda: timm.create_model(name), ghn, head="predict")
+    model, report = Predictor(ghn, head="predict").create(lambda: timm.create_model(name))
     random = any(parameter.std() > 0 for key, parameter in model.named_parameters() if key in report.kept)
     assert torch.equal(torch.get_rng_state(), before) == (not random)
 
 
 def test_kept_parameters_have_timms_distribution(ghn: GHN) -> None:
-    model, _ = create_predicted(lambda: timm.create_model("test_vit", num_classes=64), ghn, head="keep")
+    model, _ = Predictor(ghn, head="keep").create(lambda: timm.create_model("test_vit", num_classes=64))
     plain = timm.create_model("test_vit", num_classes=64)
     assert model.head.weight.std().item() == pytest.approx(plain.head.weight.std().item(), rel=0.1)
     assert torch.equal(model.head.bias, plain.head.bias)
@@ -153,17 +154,17 @@ def test_no_model_is_left_unfilled_by_an_error(ghn: GHN) -> None:
         return nn.Conv2d(4, 4, 3)
 
     with pytest.raises(GHNError):
-        create_predicted(build, ghn, input_size=(3, 8, 8))
+        Predictor(ghn, input_size=(3, 8, 8)).create(build)
     assert (built[0].weight == 2.0).all()
 
 
 def test_a_wrong_head_costs_no_time(ghn: GHN) -> None:
     with pytest.raises(ValueError, match="head is 'nonsense'"):
-        create_predicted(lambda: pytest.fail("the model was built"), ghn, head="nonsense")
+        Predictor(ghn, head="nonsense")
 
 
 def test_the_same_as_initialize(ghn: GHN) -> None:
-    model, report = create_predicted(lambda: timm.create_model("test_resnet"), ghn, head="predict")
+    model, report = Predictor(ghn, head="predict").create(lambda: timm.create_model("test_resnet"))
     other = timm.create_model("test_resnet")
     expected = initialize(other, ghn, head="predict")
     assert (report.predicted, report.kept) == (expected.predicted, expected.kept)

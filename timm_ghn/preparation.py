@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from . import derived
-
-if TYPE_CHECKING:
-    from .assign import Prediction
+from .plan import Role, roles
+from .prediction import Prediction
 
 PREPARATIONS = ("conditioned", "orthogonal")
 
@@ -58,15 +56,15 @@ def prepare(model: nn.Module, prediction: Prediction, name: str) -> Prediction:
         for name, _ in module.named_parameters()
     }
     changed = {}
-    for op, node in zip(prediction.graph.ops, prediction.graph.names, strict=True):
-        if op in ("conv", "sep_conv", "dil_conv") and node in prediction and node not in prediction.graph.head:
-            weight = prediction[node]
-            matrices = weight.reshape(groups.get(node, 1), -1, weight[0].numel())
+    for parameter, role in roles(prediction.graph).items():
+        if role is Role.WEIGHT and parameter in prediction:
+            weight = prediction[parameter]
+            matrices = weight.reshape(groups.get(parameter, 1), -1, weight[0].numel())
             if name == "conditioned":
                 shaped, scale = _with_singular_values(matrices, _lifted), _rms(weight)
             else:
                 shaped, scale = _with_singular_values(matrices, torch.ones_like), _he(weight)
-            changed[node] = (shaped * (scale / _rms(shaped))).to(weight).contiguous().view_as(weight)
+            changed[parameter] = (shaped * (scale / _rms(shaped))).to(weight).contiguous().view_as(weight)
     prediction = prediction.replaced(changed)
     return prediction.replaced(*derived.solve(model, prediction))
 
