@@ -25,6 +25,7 @@ from torch import nn
 from .checkpoints.catalog import CATALOG
 from .checkpoints.load import load_ghn, stated_config
 from .errors import CheckpointError, GHNError
+from .evaluation.adaptation import adapt
 from .hypernet import Images
 from .predictor import Predictor, initialize
 from .pretrained_cfg import WEIGHTS_FIELDS, label, prepared
@@ -37,7 +38,7 @@ _builder = importlib.import_module("timm.models._builder")
 _registry = importlib.import_module("timm.models._registry")
 
 _SOURCE_FIELDS = ("url", "file", "state_dict", "hf_hub_id", "source")
-_GHN_KWARGS = [name for name in inspect.signature(initialize).parameters if name not in ("model", "ghn")]
+_GHN_KWARGS = [*(name for name in inspect.signature(initialize).parameters if name not in ("model", "ghn")), "data"]
 
 _STATE = "_timm_ghn"
 _lock = threading.RLock()
@@ -304,10 +305,14 @@ def _model_entrypoint(
         if not asked:
             return build(_images(tag))
         ghn = load_ghn(tag)  # first, so that a missing one costs no time
+        data, preparation = ghn_kwargs.pop("data", None), ghn_kwargs.pop("finetune", None)
+        if data is not None:
+            ghn_kwargs["head"] = "keep"  # it will be theirs
         build = functools.partial(build, ghn.config.images, ghn_kwargs.get("head") != "keep")
-        preparation = ghn_kwargs.pop("finetune", None)
         model, report = Predictor(ghn, preparation=preparation, **ghn_kwargs).create(build)
         logger.info("%s by %s:\n%s", model_name, tag, report)
+        if data is not None:
+            logger.info("%s: %s", model_name, adapt(model, data))
         return model
 
     return create
