@@ -57,6 +57,23 @@ PINNED_SPLITS = {
     ("deepnets", "bnfree"): "b79a71be1f19e1ab",
 }
 
+# And the first training network of each family that no split draws.
+PINNED_FAMILIES = {
+    "vit_patch2": "7a04a2a3679f715e",
+    "vit_patch4": "b38f1b8e4fe91728",
+    "eva": "bcf1dcbd43a5368c",
+    "cait": "849cf33d3c6075f4",
+    "xcit": "a0d0e34af5c16e68",
+    "swin_deep": "49c08f708a55f1b8",
+    "swinv2": "fd6a673154f4a48b",
+    "pvtv2": "3725b0d963ddbdfc",
+    "levit": "c00815a1f49a0fba",
+    "mobilevit": "b816794313cde008",
+    "mobilevitv2": "4dbfe731135b07e7",
+    "coatnet": "b902c31be6940c6a",
+    "maxvit": "4fa9b53b1f3c9beb",
+}
+
 
 def first_of(source: str, split: str, name: str, index: int = 0) -> Architecture:
     return architecture(source, split, index, families=[name])
@@ -80,6 +97,7 @@ def test_pinned() -> None:
         keys = [architecture(source, split, index).key for index in range(count)]
         found[source, split] = hashlib.blake2b(" ".join(keys).encode(), digest_size=8).hexdigest()
     assert found == PINNED_SPLITS
+    assert {name: first_of("timm", "train", name).key for name in JOINED} == PINNED_FAMILIES
 
 
 def test_same_in_another_process() -> None:

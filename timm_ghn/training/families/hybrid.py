@@ -119,7 +119,11 @@ def _build_maxxvit(config: Config, num_classes: int, in_chans: int, image_size: 
         ),
         head_hidden_size=config["widths"][-1] if config["hidden_head"] else None,
     )
-    return MaxxVit(cfg, image_size, in_chans, num_classes)
+    model = MaxxVit(cfg, image_size, in_chans, num_classes)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # the MLPs of relative positions have some of their own
+    return model
 
 
 FAMILIES = (

@@ -180,7 +180,9 @@ def _sample_cait(draw: Draw) -> Config:
         "head": head,
         "depth": _affordable_depth(draw, width, (32 // patch) ** 2),
         "class_depth": draw.choice((1, 2, 2, 2)),
-        "mlp_ratio": draw.choice((2, 4, 4, 4)),
+        "mlp_ratio": draw.choice((2, 3, 4, 4, 4)),
+        "class_mlp_ratio": draw.choice((2, 4, 4)),
+        "qkv_bias": draw.chance(0.8),
     }
 
 
@@ -194,8 +196,10 @@ def _build_cait(config: Config, num_classes: int, in_chans: int, image_size: int
         depth=config["depth"],
         num_heads=config["width"] // config["head"],
         mlp_ratio=config["mlp_ratio"],
+        qkv_bias=config["qkv_bias"],
         init_values=1e-5,
         depth_token_only=config["class_depth"],
+        mlp_ratio_token_only=config["class_mlp_ratio"],
     )
 
 
@@ -211,6 +215,8 @@ def _sample_xcit(draw: Draw) -> Config:
         "head": head,
         "depth": _affordable_depth(draw, width, (32 // patch) ** 2),
         "class_depth": draw.choice((1, 2, 2, 2)),
+        "mlp_ratio": draw.choice((2, 3, 4, 4, 4)),
+        "qkv_bias": draw.chance(0.8),
         "layer_scale": draw.choice((1e-5, 1.0, 1.0)),
         "tokens_norm": draw.chance(0.7),
     }
@@ -225,6 +231,8 @@ def _build_xcit(config: Config, num_classes: int, in_chans: int, image_size: int
         embed_dim=config["width"],
         depth=config["depth"],
         num_heads=config["width"] // config["head"],
+        mlp_ratio=config["mlp_ratio"],
+        qkv_bias=config["qkv_bias"],
         cls_attn_layers=config["class_depth"],
         eta=config["layer_scale"],
         tokens_norm=config["tokens_norm"],
