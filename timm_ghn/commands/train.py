@@ -27,6 +27,8 @@ from timm_ghn.command_line import (
     positive,
 )
 from timm_ghn.devices import has_bf16
+from timm_ghn.hypernet.decoders import DECODERS
+from timm_ghn.hypernet.message_passing import HYPERNETS
 from timm_ghn.training.checkpoint import TrainingError, load_checkpoint
 from timm_ghn.training.config import PRESETS, SCHEDULES, TrainConfig
 from timm_ghn.training.families import FAMILIES
@@ -83,8 +85,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     config.add_argument("--val-architectures", type=integer(1))
     config.add_argument("--val-images", type=integer(1))
     config.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="by default where the device has it")
-    config.add_argument("--hypernet", choices=("gatedgnn", "graphormer", "mlp"))
-    config.add_argument("--decoder", choices=("conv", "mlp", "lowrank"))
+    config.add_argument("--hypernet", choices=HYPERNETS)
+    config.add_argument("--decoder", choices=DECODERS)
     config.add_argument("--hid", type=integer(1))
     config.add_argument("--layers", type=integer(1))
     config.add_argument("--heads", type=integer(1))

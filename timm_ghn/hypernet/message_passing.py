@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, cast
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -44,14 +45,26 @@ class MessagePassing(nn.Module):
             published checkpoints have for them, with the largest index of each.
         centred: Whether it goes with kernels that are read from the centre of the largest one, as in GHN-3, instead of
             the top-left corner.
+        sums_many: Whether its states are sums over many embeddings and layers, so that with torch's initial values the
+            first predictions are too large for networks without norms.
+        single_precision: Whether it computes in float32 only.
+        own_fields: The fields of a config that only it reads.
     """
 
     node_embeddings: ClassVar[dict[str, int]] = {}
     centred: ClassVar[bool] = False
+    sums_many: ClassVar[bool] = False
+    single_precision: ClassVar[bool] = False
+    own_fields: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def check(cls, config: GHNConfig) -> None:
         """Raises ValueError if it cannot be built by a config."""
+
+    @classmethod
+    def implied(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+        """What the shapes of a checkpoint's tensors say of its fields of the config; None if they are not its own."""
+        raise NotImplementedError
 
     def forward(
         self, x: torch.Tensor, edges: torch.Tensor, sizes: list[int], embeddings: Sequence[nn.Embedding]
@@ -69,6 +82,13 @@ class MessagePassing(nn.Module):
 
 class GatedGNN(MessagePassing):
     """One round of gated message passing along the graph and back (arXiv 1810.05749 eq. 3; 2110.13100 eq. 4)."""
+
+    single_precision = True
+
+    @classmethod
+    def implied(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+        """What the shapes of a checkpoint's tensors say of its fields of the config; None if they are not its own."""
+        return {"ve": "gnn.mlp_ve.fc.0.weight" in shapes} if "gnn.gru.weight_ih" in shapes else None
 
     def __init__(self, config: GHNConfig):
         super().__init__()
@@ -92,6 +112,11 @@ class GatedGNN(MessagePassing):
 
 class NodeMLP(MessagePassing):
     """The MLP baseline: every node on its own (arXiv 2110.13100, §5)."""
+
+    @classmethod
+    def implied(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+        """What the shapes of a checkpoint's tensors say of its fields of the config; None if they are not its own."""
+        return {} if "gnn.fc.0.weight" in shapes else None
 
     def __init__(self, config: GHNConfig):
         super().__init__()
@@ -158,12 +183,22 @@ class Graphormer(nn.ModuleList, MessagePassing):
         "input_dist_embed": MAX_INPUT_DISTANCE,
     }
     centred = True
+    sums_many = True
+    own_fields = ("heads", "layers")
 
     @classmethod
     def check(cls, config: GHNConfig) -> None:
         """Raises ValueError if it cannot be built by a config."""
         if config.hid % config.heads:
             raise ValueError(f"GHN config: hid={config.hid} must be a multiple of heads={config.heads}.")
+
+    @classmethod
+    def implied(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+        """What the shapes of a checkpoint's tensors say of its fields of the config; None if they are not its own."""
+        if "gnn.0.attn.to_qkv.weight" not in shapes:
+            return None
+        layers = sum(bool(re.fullmatch(r"gnn\.\d+\.ln1\.weight", name)) for name in shapes)
+        return {"layers": layers, "heads": shapes["gnn.0.attn.proj_e.2.weight"][0]}
 
     def __init__(self, config: GHNConfig):
         super().__init__(GraphormerLayer(config.hid, config.heads, edges=i == 0) for i in range(config.layers))
