@@ -20,7 +20,8 @@ class LowRankDecoder(Decoder):
     """LoGAH's decoder: any width without tiled copies, as the product of two thin matrices (arXiv 2405.16287, §3).
 
     A kernel of [out, in, h, w] is a matrix [out·h, in·w] = A Bᵀ of rank r. A node decodes to 2r vectors, and one linear
-    map stretches each of them to the width of the widest matrix.
+    map stretches each of them to the width of the widest matrix. So `max_shape` starts with the largest channels times
+    kernel size, or classes, of any layer.
     """
 
     name = "lowrank"
