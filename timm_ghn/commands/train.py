@@ -46,6 +46,7 @@ _TEACHERS_SHARE = 0.5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Data, run and config; those of the run's config have no default, so that a resumed run keeps its."""
+    parser.epilog = f"families by tier: {'; '.join(_families_by_tier())}"
     add_data_arguments(parser)
     run = parser.add_argument_group("run")
     run.add_argument("--out", type=output_directory, default="runs/ghn", help="the run's directory")
@@ -97,6 +98,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="predict queries, keys and values each by itself",
     )
     config.add_argument("--max-shape", type=_kernel, metavar="OUT,IN,H,W")
+
+
+def _families_by_tier() -> Iterator[str]:
+    for source, found in FAMILIES.items():
+        for tier in sorted({family.tier for family in found.values()}):
+            names = ", ".join(name for name, family in found.items() if family.tier == tier)
+            yield f"{source}, tier {tier}: {names}"
 
 
 def _share(text: str) -> dict[str, Any]:
