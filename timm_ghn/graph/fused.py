@@ -294,7 +294,8 @@ class _OperandFinder:
         exact = [rows for rows in found if isinstance(rows, Tensor)]
         if exact and all(rows is exact[0] or torch.equal(*_thin_together(rows, exact[0])) for rows in exact[1:]):
             return exact[0]
-        return np.any([self._among(key, rows) for rows in found], axis=0)
+        among: _Rows = np.any([self._among(key, rows) for rows in found], axis=0)
+        return among
 
     def _moved(self, key: str | int, function: Function, rows: _Rows) -> _Rows:
         """The rows of a function's output from those of its input."""
@@ -327,7 +328,8 @@ class _OperandFinder:
                 pieces = _thin_together(*(rows if isinstance(rows, Tensor) else blank for rows in found), keep=keep)
                 join = torch.cat if function.op == "Cat" else torch.stack
                 return join(pieces, dim).expand(function.shape)
-        return np.any([self._among(key, rows) for rows in found if rows is not None], axis=0)
+        among: _Rows = np.any([self._among(key, rows) for rows in found if rows is not None], axis=0)
+        return among
 
 
 def regular(runs: list[Part]) -> Operands | None:

@@ -29,7 +29,8 @@ class MLP(nn.Module):
         self.fc = nn.Sequential(*layers, *([nn.ReLU()] if last_relu else []))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(x)
+        output: torch.Tensor = self.fc(x)
+        return output
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Weight and bias of the first layer, then of the second."""
@@ -126,7 +127,8 @@ class NodeMLP(MessagePassing):
         self, x: torch.Tensor, edges: torch.Tensor, sizes: list[int], embeddings: Sequence[nn.Embedding]
     ) -> torch.Tensor:
         """[N, d] to [N, d]; the graphs are not looked at."""
-        return self.fc(x)
+        output: torch.Tensor = self.fc(x)
+        return output
 
 
 class Attention(nn.Module):
@@ -152,7 +154,8 @@ class Attention(nn.Module):
         batch, nodes, dim = x.shape
         q, k, v = self.to_qkv(x).view(batch, nodes, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
-        return self.to_out(x.transpose(1, 2).reshape(batch, nodes, dim))
+        output: torch.Tensor = self.to_out(x.transpose(1, 2).reshape(batch, nodes, dim))
+        return output
 
 
 class GraphormerLayer(nn.Module):
@@ -171,7 +174,8 @@ class GraphormerLayer(nn.Module):
     def forward(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         """[B, N, d] and [B, heads, N, N] to [B, N, d]."""
         x = x + self.attn(self.ln1(x), bias)
-        return x + self.ff["net"](self.ln2(x))
+        output: torch.Tensor = x + self.ff["net"](self.ln2(x))
+        return output
 
 
 class Graphormer(nn.ModuleList, MessagePassing):

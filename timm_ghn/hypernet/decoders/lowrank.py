@@ -65,7 +65,8 @@ class LowRankDecoder(Decoder):
         would give all parameters of all networks one column space, that of the shared map.
         """
         needed = -(-rows * self.rank // self.width)
-        return self.l2(vectors[:, :needed]).flatten(1)[:, : rows * self.rank].view(-1, rows, self.rank)
+        stretched: torch.Tensor = self.l2(vectors[:, :needed])
+        return stretched.flatten(1)[:, : rows * self.rank].view(-1, rows, self.rank)
 
     def class_weight(self, x: torch.Tensor, in_features: int) -> torch.Tensor:
         """States [n, d] to class weights [n, num_classes, in]."""

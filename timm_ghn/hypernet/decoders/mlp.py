@@ -53,5 +53,5 @@ class MLPDecoder(Decoder):
 
     def class_weight(self, x: torch.Tensor, in_features: int) -> torch.Tensor:
         """States [n, d] to class weights [n, num_classes, in]."""
-        weights = self.class_layer_predictor(self.mlp.fc[0](x))
+        weights: torch.Tensor = self.class_layer_predictor(self.mlp.fc[0](x))
         return weights.view(len(x), -1, self.max_shape[1])[..., :in_features]
