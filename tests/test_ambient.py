@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from timm_ghn import initialize, load_ghn, plugin, predict, trace
 from timm_ghn.checkpoints.catalog import CATALOG
 from timm_ghn.export import export
+from timm_ghn.predictor import Predictor
 
 TAG = "ghn-ambient"
 MODELS = ("test_resnet", "test_vit")
@@ -211,6 +212,6 @@ def test_files_are_the_same(state: str, ghn_file: Path, tmp_path: Path) -> None:
     for folder, context in (("plain", contextlib.nullcontext), (state, STATES[state])):
         torch.manual_seed(0)
         with context():
-            export("test_vit", tmp_path / folder, load_ghn(ghn_file), "ghn", num_classes=10)
+            export("test_vit", tmp_path / folder, Predictor(load_ghn(ghn_file)), "ghn", num_classes=10)
     plain, found = ((tmp_path / folder / "model.safetensors").read_bytes() for folder in ("plain", state))
     assert plain == found

@@ -13,7 +13,7 @@ from timm_ghn import GHN, ComputationGraph, GHNConfig, predict, trace
 from timm_ghn.hypernet.config import PUBLISHED_PRIMITIVES
 from timm_ghn.plan import Layout, Plan, Role, Target, make_plan
 
-CONFIG = GHNConfig(10, (16, 16, 3, 3), hid=8, branch_scale=0.5)
+CONFIG = GHNConfig(10, (16, 16, 3, 3), hid=8, branch_scale=0.5, primitives=PUBLISHED_PRIMITIVES)
 
 
 @cache

@@ -27,7 +27,7 @@ from timm_ghn.checkpoints.load import load_ghn
 from timm_ghn.errors import CheckpointError, GHNError
 from timm_ghn.export import export
 from timm_ghn.hypernet import Images
-from timm_ghn.predictor import predict
+from timm_ghn.predictor import Predictor, predict
 
 MODEL = "test_resnet"
 TAG = "ghn-test"
@@ -131,7 +131,7 @@ def test_images_are_prepared_as_in_the_training_of_the_ghn(name: str, informed: 
 
 
 def test_classes_are_named_in_files(informed: str, tmp_path: Path) -> None:
-    export(MODEL, tmp_path / "out", load_ghn(informed), informed, num_classes=10)
+    export(MODEL, tmp_path / "out", Predictor(load_ghn(informed)), informed, num_classes=10)
     model = create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     assert tuple(model.pretrained_cfg["label_names"]) == NAMES
     assert tuple(model.pretrained_cfg["mean"]) == PREPARED["mean"]

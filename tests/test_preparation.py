@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import timm
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 import timm_ghn
+from timm_ghn.predictor import Predictor
 from timm_ghn.preparation import PREPARATIONS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -121,6 +123,17 @@ def test_predict_and_initialize_prepare_as_well(finetune: str) -> None:
     assert report.predicted == prediction.report.predicted
     for name, tensor in prediction.items():
         assert torch.equal(model.get_parameter(name), tensor)
+
+
+def test_options_mean_the_same_everywhere() -> None:
+    """`predict`, `initialize` and what both are made of take the same options, with the same defaults."""
+    of_predict, of_initialize, of_predictor = (
+        list(inspect.signature(function).parameters.values())[skipped:]
+        for function, skipped in ((timm_ghn.predict, 2), (timm_ghn.initialize, 2), (Predictor, 1))
+    )
+    assert of_predict == of_initialize
+    renamed = [option.replace(name="finetune") if option.name == "preparation" else option for option in of_predictor]
+    assert of_predict == renamed
 
 
 def test_an_unknown_preparation_is_refused_before_anything_is_built() -> None:

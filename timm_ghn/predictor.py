@@ -28,17 +28,11 @@ _IDLE = "zero, so that its branch adds nothing to other weights"
 
 @dataclass(frozen=True)
 class Predictor:
-    """A GHN, and how it is to predict.
+    """A GHN, and how it is to predict: `head`, `input_size` and `inputs` are those of `predict`.
 
     Attributes:
         ghn: What predicts.
-        head: ``"auto"`` predicts the classification layer if its classes are the checkpoint's; ``"predict"`` forces it
-            (class rows are repeated or cut), ``"keep"`` leaves it to the model.
-        input_size: Input size without the batch dimension; None for the one that the model declares.
-        preparation: How to prepare the weights for training, see `timm_ghn.preparation.prepare`; None leaves them as
-            they are predicted.
-        inputs: What the forward pass takes, instead of an `input_size`, where one image cannot drive it: a tensor, a
-            tuple of positional or a dictionary of keyword arguments; see `timm_ghn.trace`.
+        preparation: What `predict` calls `finetune`.
 
     Raises:
         ValueError: If there is no such `head` or `preparation`.
@@ -181,7 +175,7 @@ def predict(
         ghn: A loaded GHN, or whatever `load_ghn` takes.
         head: ``"auto"`` predicts the classification layer if its classes are the checkpoint's; ``"predict"`` forces it
             (class rows are repeated or cut), ``"keep"`` leaves it to the model.
-        input_size: Input size without the batch dimension.
+        input_size: Input size without the batch dimension; None for the one that the model declares.
         finetune: How to prepare the weights for training, see `timm_ghn.preparation.prepare`; None leaves them as they
             are predicted.
         inputs: What the forward pass takes, instead of an `input_size`, where one image cannot drive it: a tensor, a

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,6 @@ from torch import Tensor, nn
 from . import derived
 from .plan import Role, roles
 from .prediction import Prediction
-
-PREPARATIONS = ("conditioned", "orthogonal")
 
 _FLOOR = 0.3  # of a matrix's root mean square singular value
 
@@ -55,16 +54,14 @@ def prepare(model: nn.Module, prediction: Prediction, name: str) -> Prediction:
         if isinstance(module, nn.modules.conv._ConvNd)
         for name, _ in module.named_parameters()
     }
-    changed = {}
+    changed, preparation = {}, PREPARATIONS[name]
     for parameter, role in roles(prediction.graph).items():
         if role is Role.WEIGHT and parameter in prediction:
             weight = prediction[parameter]
             matrices = weight.reshape(groups.get(parameter, 1), -1, weight[0].numel())
-            if name == "conditioned":
-                shaped, scale = _with_singular_values(matrices, _lifted), _rms(weight)
-            else:
-                shaped, scale = _with_singular_values(matrices, torch.ones_like), _he(weight)
-            changed[parameter] = (shaped * (scale / _rms(shaped))).to(weight).contiguous().view_as(weight)
+            shaped = _with_singular_values(matrices, preparation.singular_values)
+            shaped *= preparation.scale(weight) / _rms(shaped)
+            changed[parameter] = shaped.to(weight).contiguous().view_as(weight)
     prediction = prediction.replaced(changed)
     return prediction.replaced(*derived.solve(model, prediction))
 
@@ -95,3 +92,21 @@ def _rms(tensor: Tensor) -> float:
 def _he(weight: Tensor) -> float:
     """He's standard deviation for a weight."""
     return math.sqrt(2 / weight[0].numel())
+
+
+class Preparation(NamedTuple):
+    """What becomes of a layer's weight.
+
+    Attributes:
+        singular_values: The new singular values [g, k] for those that were predicted.
+        scale: The root mean square of the new weight, for the weight that was predicted.
+    """
+
+    singular_values: Callable[[Tensor], Tensor]
+    scale: Callable[[Tensor], float]
+
+
+PREPARATIONS = {
+    "conditioned": Preparation(_lifted, _rms),
+    "orthogonal": Preparation(torch.ones_like, _he),
+}

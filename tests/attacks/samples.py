@@ -16,8 +16,9 @@ from timm_ghn.checkpoints.convert import convert_file
 from timm_ghn.checkpoints.load import load_ghn
 from timm_ghn.errors import CheckpointError
 from timm_ghn.hypernet import GHN, GHNConfig
+from timm_ghn.hypernet.config import PUBLISHED_PRIMITIVES
 
-TINY = {"num_classes": 2, "max_shape": (4, 4, 1, 1), "hid": 4, "heads": 2}
+TINY = {"num_classes": 2, "max_shape": (4, 4, 1, 1), "hid": 4, "heads": 2, "primitives": PUBLISHED_PRIMITIVES}
 
 
 def samples(**config: Any) -> dict[str, bytes]:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from timm_ghn import cli, export, load_ghn, predict, prediction
 from timm_ghn.errors import GHNError
+from timm_ghn.predictor import Predictor
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,6 +52,14 @@ def test_timm_loads_it(tmp_path: Path, ghn_file: Path) -> None:
     assert "license" not in config["pretrained_cfg"]
 
 
+def test_weights_prepared_for_training(tmp_path: Path, ghn_file: Path) -> None:
+    torch.manual_seed(0)
+    state = run("test_vit", tmp_path, ghn_file, "--num-classes", "10", "--finetune", "orthogonal")
+    weight = state["blocks.0.mlp.fc2.weight"]
+    gram = weight @ weight.T
+    torch.testing.assert_close(gram / gram[0, 0], torch.eye(len(gram)), rtol=0, atol=1e-4)
+
+
 def test_dtype(tmp_path: Path, ghn_file: Path) -> None:
     full = run("test_resnet", tmp_path / "full", ghn_file, "--num-classes", "10")
     half = run("test_resnet", tmp_path / "half", ghn_file, "--num-classes", "10", "--dtype", "bfloat16")
@@ -84,7 +93,7 @@ def test_weights_are_not_overwritten(tmp_path: Path, ghn_file: Path, capsys: pyt
 def test_a_disk_without_room(tmp_path: Path, ghn_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prediction.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(GHNError, match="room for 1,000"):
-        export.export("test_resnet", tmp_path, load_ghn(ghn_file), "ghn")
+        export.export("test_resnet", tmp_path, Predictor(load_ghn(ghn_file)), "ghn")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -94,7 +103,7 @@ def test_nothing_is_left_of_a_failed_write(tmp_path: Path, ghn_file: Path, monke
 
     monkeypatch.setattr(prediction, "tile_into", fail)
     with pytest.raises(OSError, match="disk full"):
-        export.export("test_resnet", tmp_path, load_ghn(ghn_file), "ghn")
+        export.export("test_resnet", tmp_path, Predictor(load_ghn(ghn_file)), "ghn")
     assert list(tmp_path.iterdir()) == []
 
 

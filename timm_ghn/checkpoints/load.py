@@ -40,8 +40,9 @@ class _Shared:
             stamp = source.stamp()
             if key not in self._loaded or self._loaded[key][0] != stamp:
                 ghn = _load(source.fetch())
-                if dtype != torch.float32 and ghn.config.hypernet == "gatedgnn":
-                    raise ValueError(f"dtype is {dtype}, but a GatedGNN computes in torch.float32: {source} has one.")
+                if dtype != torch.float32 and ghn.gnn.single_precision:
+                    kind = type(ghn.gnn).__name__
+                    raise ValueError(f"dtype is {dtype}, but a {kind} computes in torch.float32: {source} has one.")
                 ghn = ghn.to(device, dtype)
                 logger.info("loaded %s on %s", source, device)
                 with self._lock:

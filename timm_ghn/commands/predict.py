@@ -11,7 +11,8 @@ from ..checkpoints.catalog import list_ghns
 from ..checkpoints.load import load_ghn
 from ..command_line import add_ghn_argument, architecture_name, file_size, integer, output_directory
 from ..export import export
-from ..predictor import HEADS
+from ..predictor import HEADS, Predictor
+from ..preparation import PREPARATIONS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_ghn_argument(parser)
     parser.add_argument("--num-classes", type=integer(0), help="classes of the model; timm's default if not given")
     parser.add_argument("--head", default="auto", choices=HEADS, help="the classification layer (default: %(default)s)")
+    parser.add_argument("--finetune", choices=PREPARATIONS, help="prepare the weights for training in this way")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument(
         "--max-shard-size", type=file_size, metavar="SIZE",
@@ -31,10 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Prints the report of the prediction, and the files."""
     console = Console()
-    ghn = load_ghn(args.ghn)
+    predictor = Predictor(load_ghn(args.ghn), args.head, preparation=args.finetune)
     tag = args.ghn if args.ghn in list_ghns() else "ghn"
     dtype = getattr(torch, args.dtype)
-    report, files = export(args.name, args.output, ghn, tag, args.num_classes, args.head, dtype, args.max_shard_size)
+    report, files = export(args.name, args.output, predictor, tag, args.num_classes, dtype, args.max_shard_size)
     console.print(f"{args.name} by {args.ghn}", style="bold")
     console.print(str(report), highlight=False, markup=False)
     for file in files:

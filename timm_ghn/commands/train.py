@@ -27,6 +27,8 @@ from timm_ghn.command_line import (
     positive,
 )
 from timm_ghn.devices import has_bf16
+from timm_ghn.hypernet.decoders import DECODERS
+from timm_ghn.hypernet.message_passing import HYPERNETS
 from timm_ghn.training.checkpoint import TrainingError, load_checkpoint
 from timm_ghn.training.config import PRESETS, SCHEDULES, TrainConfig
 from timm_ghn.training.families import FAMILIES
@@ -44,6 +46,7 @@ _TEACHERS_SHARE = 0.5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Data, run and config; those of the run's config have no default, so that a resumed run keeps its."""
+    parser.epilog = f"families by tier: {'; '.join(_families_by_tier())}"
     add_data_arguments(parser)
     run = parser.add_argument_group("run")
     run.add_argument("--out", type=output_directory, default="runs/ghn", help="the run's directory")
@@ -83,8 +86,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     config.add_argument("--val-architectures", type=integer(1))
     config.add_argument("--val-images", type=integer(1))
     config.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="by default where the device has it")
-    config.add_argument("--hypernet", choices=("gatedgnn", "graphormer", "mlp"))
-    config.add_argument("--decoder", choices=("conv", "mlp", "lowrank"))
+    config.add_argument("--hypernet", choices=HYPERNETS)
+    config.add_argument("--decoder", choices=DECODERS)
     config.add_argument("--hid", type=integer(1))
     config.add_argument("--layers", type=integer(1))
     config.add_argument("--heads", type=integer(1))
@@ -95,6 +98,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="predict queries, keys and values each by itself",
     )
     config.add_argument("--max-shape", type=_kernel, metavar="OUT,IN,H,W")
+
+
+def _families_by_tier() -> Iterator[str]:
+    for source, found in FAMILIES.items():
+        for tier in sorted({family.tier for family in found.values()}):
+            names = ", ".join(name for name, family in found.items() if family.tier == tier)
+            yield f"{source}, tier {tier}: {names}"
 
 
 def _share(text: str) -> dict[str, Any]:

@@ -31,7 +31,7 @@ _USES = tuple("".join(letter for bit, letter in enumerate("qkv") if bits >> bit 
 # The rows that a tensor's elements come from: for each element its row (-1: none), or, where the elements are not told
 # apart, for each row whether it is among them. The former has memory only for dimensions along which rows differ, of
 # which positions are none: their stride is 0, and is kept so.
-_Rows = Tensor | np.ndarray
+_Rows = Tensor | np.ndarray[Any, Any]
 # By what they are rows of: a parameter, or the function of a product, whose last dimension counts as its rows.
 _Streams = dict[str | int, _Rows]
 
@@ -93,7 +93,8 @@ class _OperandFinder:
         self.frontier = frontier
         self.attention = attention
         self.weighted = weighted
-        self.labels: dict[str, np.ndarray] = {}  # parameter -> for each row, the operands that it is read as, as bits
+        # Parameter -> for each row, the operands that it is read as, as bits.
+        self.labels: dict[str, np.ndarray[Any, Any]] = {}
         self.streams: list[_Streams] = [{}] * len(self.tape)
 
         products = {index: slots for index in range(len(self.tape)) if (slots := self._operand_slots(index))}
@@ -141,7 +142,7 @@ class _OperandFinder:
 
         return [through(index, frozenset({node})) for index in functions]
 
-    def _among(self, key: str | int, rows: _Rows) -> np.ndarray:
+    def _among(self, key: str | int, rows: _Rows) -> np.ndarray[Any, Any]:
         """For each row whether it is among these."""
         if isinstance(rows, np.ndarray):
             return rows
@@ -294,7 +295,8 @@ class _OperandFinder:
         exact = [rows for rows in found if isinstance(rows, Tensor)]
         if exact and all(rows is exact[0] or torch.equal(*_thin_together(rows, exact[0])) for rows in exact[1:]):
             return exact[0]
-        return np.any([self._among(key, rows) for rows in found], axis=0)
+        among: _Rows = np.any([self._among(key, rows) for rows in found], axis=0)
+        return among
 
     def _moved(self, key: str | int, function: Function, rows: _Rows) -> _Rows:
         """The rows of a function's output from those of its input."""
@@ -327,7 +329,8 @@ class _OperandFinder:
                 pieces = _thin_together(*(rows if isinstance(rows, Tensor) else blank for rows in found), keep=keep)
                 join = torch.cat if function.op == "Cat" else torch.stack
                 return join(pieces, dim).expand(function.shape)
-        return np.any([self._among(key, rows) for rows in found if rows is not None], axis=0)
+        among: _Rows = np.any([self._among(key, rows) for rows in found if rows is not None], axis=0)
+        return among
 
 
 def regular(runs: list[Part]) -> Operands | None:

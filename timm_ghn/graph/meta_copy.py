@@ -13,7 +13,7 @@ import types
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ from ..errors import TraceError
 # What a class defines that has its own way of being copied.
 _COPY_METHODS = ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__")
 _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size})
+T = TypeVar("T")
 _HOOKS = frozenset(name for name in vars(nn.Module()) if name.endswith("_hooks") or "_hooks_" in name)
 
 
@@ -104,7 +105,7 @@ class _Copier:
             vars(twin).update((name, self(item)) for name, item in vars(value).items())
         return twin
 
-    def _remember(self, value: Any, twin: Any) -> Any:
+    def _remember(self, value: Any, twin: T) -> T:
         self.memo[id(value)] = twin
         self._alive.append(value)
         return twin
@@ -122,7 +123,7 @@ class _Copier:
         return twin
 
     def _list(self, value: list[Any]) -> list[Any]:
-        twin = self._remember(value, [])
+        twin: list[Any] = self._remember(value, [])
         twin.extend(self(item) for item in value)
         return twin
 
@@ -262,7 +263,8 @@ def _is_plain(value: Any) -> bool:
     base = nn.Module if isinstance(value, nn.Module) else object
     own = any(getattr(cls, name, None) is not getattr(base, name, None) for name in _COPY_METHODS)
     slots = any(vars(b).get("__slots__") for b in cls.__mro__)
-    return not own and not slots and cls.__new__ is object.__new__ and hasattr(value, "__dict__")
+    new: object = cls.__new__
+    return not own and not slots and new is object.__new__ and hasattr(value, "__dict__")
 
 
 def _global_names(code: types.CodeType) -> Iterator[str]:

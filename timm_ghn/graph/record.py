@@ -148,7 +148,7 @@ class _Watch(TorchDispatchMode):
     """
 
     def __init__(self, originals: Iterable[torch.Tensor]):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.originals = {id(tensor) for tensor in originals}
         self.calls: list[tuple[tuple[Any, ...], bool]] = []
 

@@ -81,8 +81,7 @@ class GHNConfig:
         max_shape: (out, in, height, width) of the largest kernel the decoder makes; larger ones are tiled.
         hid: Width d of a node's state.
         hypernet: Message passing: ``gatedgnn`` (GHN-1, GHN-2), ``graphormer`` (GHN-3) or ``mlp`` (no messages).
-        decoder: ``conv`` (GHN-1 to GHN-3), ``mlp`` (the MLP baseline of arXiv 2110.13100) or ``lowrank`` (LoGAH, arXiv
-            2405.16287), whose `max_shape` starts with the largest channels times kernel size, or classes, of any layer.
+        decoder: ``conv`` (GHN-1 to GHN-3), or the name of another one in `timm_ghn.hypernet.decoders`.
         weight_norm: Fan-in normalisation of predicted parameters (arXiv 2110.13100, §3.2.3).
         ve: Virtual edges (ibid., eq. 4).
         layernorm: A layer norm before the decoders.

@@ -116,7 +116,7 @@ class GHN(
         row = {name: index for index, name in enumerate(self.config.primitives)}
         primitives = torch.tensor([row[op] for plan in plans for op in plan.graph.ops])
         shapes = torch.tensor([self.shape_enc.rows(shape) for plan in plans for shape in plan.shapes])
-        x = self.embed(primitives.to(device)) + self.shape_enc(shapes.to(device))
+        x: torch.Tensor = self.embed(primitives.to(device)) + self.shape_enc(shapes.to(device))
         if self.config.split_attention:
             uses = torch.tensor([use for plan in plans for use in _uses(plan.graph)], dtype=x.dtype)
             x = x + uses.to(device) @ self.operand_embed.weight
@@ -170,7 +170,8 @@ class GHN(
 
     def _decoded_vectors(self, states: torch.Tensor) -> torch.Tensor:
         """States [n, d] to [n, 2, max_channels]: a weight and a bias."""
-        return self.decoder_1d(states).view(-1, 2, self.config.max_channels)
+        vectors: torch.Tensor = self.decoder_1d(states)
+        return vectors.view(-1, 2, self.config.max_channels)
 
     def _squashed(self, biases: torch.Tensor) -> torch.Tensor:
         return torch.tanh(0.2 * biases) if self.config.weight_norm else biases

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, cast
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -28,7 +29,8 @@ class MLP(nn.Module):
         self.fc = nn.Sequential(*layers, *([nn.ReLU()] if last_relu else []))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc(x)
+        output: torch.Tensor = self.fc(x)
+        return output
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Weight and bias of the first layer, then of the second."""
@@ -44,14 +46,26 @@ class MessagePassing(nn.Module):
             published checkpoints have for them, with the largest index of each.
         centred: Whether it goes with kernels that are read from the centre of the largest one, as in GHN-3, instead of
             the top-left corner.
+        sums_many: Whether its states are sums over many embeddings and layers, so that with torch's initial values the
+            first predictions are too large for networks without norms.
+        single_precision: Whether it computes in float32 only.
+        own_fields: The fields of a config that only it reads.
     """
 
     node_embeddings: ClassVar[dict[str, int]] = {}
     centred: ClassVar[bool] = False
+    sums_many: ClassVar[bool] = False
+    single_precision: ClassVar[bool] = False
+    own_fields: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def check(cls, config: GHNConfig) -> None:
         """Raises ValueError if it cannot be built by a config."""
+
+    @classmethod
+    def implied(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+        """What the shapes of a checkpoint's tensors say of its fields of the config; None if they are not its own."""
+        raise NotImplementedError
 
     def forward(
         self, x: torch.Tensor, edges: torch.Tensor, sizes: list[int], embeddings: Sequence[nn.Embedding]
@@ -69,6 +83,13 @@ class MessagePassing(nn.Module):
 
 class GatedGNN(MessagePassing):
     """One round of gated message passing along the graph and back (arXiv 1810.05749 eq. 3; 2110.13100 eq. 4)."""
+
+    single_precision = True
+
+    @classmethod
+    def implied(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+        """What the shapes of a checkpoint's tensors say of its fields of the config; None if they are not its own."""
+        return {"ve": "gnn.mlp_ve.fc.0.weight" in shapes} if "gnn.gru.weight_ih" in shapes else None
 
     def __init__(self, config: GHNConfig):
         super().__init__()
@@ -93,6 +114,11 @@ class GatedGNN(MessagePassing):
 class NodeMLP(MessagePassing):
     """The MLP baseline: every node on its own (arXiv 2110.13100, §5)."""
 
+    @classmethod
+    def implied(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+        """What the shapes of a checkpoint's tensors say of its fields of the config; None if they are not its own."""
+        return {} if "gnn.fc.0.weight" in shapes else None
+
     def __init__(self, config: GHNConfig):
         super().__init__()
         self.fc = MLP(config.hid, config.hid, config.hid, last_relu=True).fc
@@ -101,7 +127,8 @@ class NodeMLP(MessagePassing):
         self, x: torch.Tensor, edges: torch.Tensor, sizes: list[int], embeddings: Sequence[nn.Embedding]
     ) -> torch.Tensor:
         """[N, d] to [N, d]; the graphs are not looked at."""
-        return self.fc(x)
+        output: torch.Tensor = self.fc(x)
+        return output
 
 
 class Attention(nn.Module):
@@ -127,7 +154,8 @@ class Attention(nn.Module):
         batch, nodes, dim = x.shape
         q, k, v = self.to_qkv(x).view(batch, nodes, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
-        return self.to_out(x.transpose(1, 2).reshape(batch, nodes, dim))
+        output: torch.Tensor = self.to_out(x.transpose(1, 2).reshape(batch, nodes, dim))
+        return output
 
 
 class GraphormerLayer(nn.Module):
@@ -146,7 +174,8 @@ class GraphormerLayer(nn.Module):
     def forward(self, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         """[B, N, d] and [B, heads, N, N] to [B, N, d]."""
         x = x + self.attn(self.ln1(x), bias)
-        return x + self.ff["net"](self.ln2(x))
+        output: torch.Tensor = x + self.ff["net"](self.ln2(x))
+        return output
 
 
 class Graphormer(nn.ModuleList, MessagePassing):
@@ -158,12 +187,22 @@ class Graphormer(nn.ModuleList, MessagePassing):
         "input_dist_embed": MAX_INPUT_DISTANCE,
     }
     centred = True
+    sums_many = True
+    own_fields = ("heads", "layers")
 
     @classmethod
     def check(cls, config: GHNConfig) -> None:
         """Raises ValueError if it cannot be built by a config."""
         if config.hid % config.heads:
             raise ValueError(f"GHN config: hid={config.hid} must be a multiple of heads={config.heads}.")
+
+    @classmethod
+    def implied(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+        """What the shapes of a checkpoint's tensors say of its fields of the config; None if they are not its own."""
+        if "gnn.0.attn.to_qkv.weight" not in shapes:
+            return None
+        layers = sum(bool(re.fullmatch(r"gnn\.\d+\.ln1\.weight", name)) for name in shapes)
+        return {"layers": layers, "heads": shapes["gnn.0.attn.proj_e.2.weight"][0]}
 
     def __init__(self, config: GHNConfig):
         super().__init__(GraphormerLayer(config.hid, config.heads, edges=i == 0) for i in range(config.layers))

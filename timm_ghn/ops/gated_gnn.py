@@ -72,6 +72,7 @@ def gated_gnn(
     # A compiler wants the op itself, and torch.func the autograd function around it.
     op = torch.ops.timm_ghn.gated_gnn if torch.compiler.is_compiling() else _Traversal.apply
     differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (h, *weights))
+    out: Tensor
     out, _ = op(native.wanted(differentiated), h, *(getattr(topology, name) for name in _TOPOLOGY), *weights)
     return out
 
@@ -109,12 +110,15 @@ def _unpack(arguments: tuple[Tensor, ...]) -> tuple[Topology, Weights]:
 
 def _forward(compiled: bool, h: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor]:
     topology, weights = _unpack(arguments)
-    return _native_or_portable(compiled, h, weights).forward(h, topology, weights)
+    computed: tuple[Tensor, Tensor] = _native_or_portable(compiled, h, weights).forward(h, topology, weights)
+    return computed
 
 
 def _backward(compiled: bool, grad: Tensor, out: Tensor, saved: Tensor, *arguments: Tensor) -> list[Tensor]:
     topology, weights = _unpack(arguments)
-    return _native_or_portable(compiled, out, weights).backward(grad, out, saved, topology, weights)
+    implementation = _native_or_portable(compiled, out, weights)
+    gradients: list[Tensor] = implementation.backward(grad, out, saved, topology, weights)
+    return gradients
 
 
 def _native_or_portable(compiled: bool, h: Tensor, weights: Weights) -> ModuleType:

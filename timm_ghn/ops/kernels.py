@@ -95,7 +95,7 @@ def _matrix(base, row_stride, rows, row_bound, column_stride, columns, column_bo
     )
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _gather(index, distance, first, last, shift, table, d, columns, E: tl.constexpr, D: tl.constexpr):
     """Sum of the table's rows that a list names (their numbers shifted right), each divided by its distance."""
     total = tl.zeros((E, D), table.dtype.element_ty)
@@ -109,7 +109,7 @@ def _gather(index, distance, first, last, shift, table, d, columns, E: tl.conste
     return tl.sum(total, 0)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _forward(
     groups,
     graph_ptr,
@@ -193,7 +193,7 @@ def _forward(
             tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _backward(
     groups,
     graph_ptr,

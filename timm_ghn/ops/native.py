@@ -28,6 +28,7 @@ import huggingface_hub.constants
 import torch
 from torch import Tensor
 
+from timm_ghn.files import whole_files
 from timm_ghn.ops.portable import Weights, empty_sweeps, sweeps
 from timm_ghn.ops.topology import Topology
 
@@ -137,18 +138,13 @@ def _load(d: int, hidden: int) -> ctypes.CDLL:
     if folder and (folder / name).exists():
         with contextlib.suppress(OSError):
             return ctypes.CDLL(str(folder / name))
-    with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as temporary:
-        file = Path(temporary) / name
+    # Whole or not at all, even if the power fails: half a library would crash whoever calls it.
+    with whole_files(folder) if folder else tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
+        file = Path(place) / name
         subprocess.run(
             [*command, "-o", file, _SOURCE], check=True, capture_output=True, text=True, timeout=_COMPILER_SECONDS
         )
-        library = ctypes.CDLL(str(file))
-        if folder:
-            # Whole or not at all, even if the power fails: half a library would crash whoever calls it.
-            with contextlib.suppress(OSError), file.open("rb+") as stream:
-                os.fsync(stream.fileno())
-                os.replace(file, folder / name)
-    return library
+        return ctypes.CDLL(str(file))
 
 
 def _own_folder() -> Path | None:

@@ -27,7 +27,7 @@ from timm_ghn.hypernet import Images
 _CROP_PADDING = 4
 
 # Labels, what gives the encoded (or, from torchvision, decoded) image of a row, and the classes' names if known.
-_Rows = tuple[np.ndarray, Callable[[int], Any], "tuple[str, ...] | None"]
+_Rows = tuple[np.ndarray[Any, Any], Callable[[int], Any], "tuple[str, ...] | None"]
 
 
 class DatasetError(GHNError):
@@ -180,7 +180,7 @@ def load_dataset(
     )
 
 
-def _rows_of(split: str, labels: np.ndarray, holdout: int, source: str) -> np.ndarray:
+def _rows_of(split: str, labels: np.ndarray[Any, Any], holdout: int, source: str) -> np.ndarray[Any, Any]:
     rows = np.arange(len(labels))
     if split in ("all", "test"):
         return rows
@@ -278,7 +278,7 @@ def _read_with_timm(source: str, split: str, root: str | None, download: bool) -
     return np.array(targets, np.int64), encoded, names or None
 
 
-def _decode(encoded: Callable[[int], Any], rows: np.ndarray, image_size: int | None, source: str) -> Tensor:
+def _decode(encoded: Callable[[int], Any], rows: np.ndarray[Any, Any], image_size: int | None, source: str) -> Tensor:
     images = torch.empty(0)
     for place, row in enumerate(rows.tolist()):
         value = encoded(row)

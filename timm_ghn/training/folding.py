@@ -145,7 +145,8 @@ def _bias_fits(bias: Tensor | None, weight: Tensor) -> bool:
     """Whether output channels that are copies of each other get the same bias."""
     if bias is None or _part(weight).shape[0] == weight.shape[0]:
         return True
-    return _part(weight).shape[0] % _part(bias).shape[0] == 0
+    fits: bool = _part(weight).shape[0] % _part(bias).shape[0] == 0
+    return fits
 
 
 def _batch_norm(

@@ -48,9 +48,7 @@ def new_ghn(config: GHNConfig, seed: int) -> GHN:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         ghn = GHN(config)
-        if config.hypernet == "graphormer":
-            # Its states are sums over many embeddings and layers: with torch's defaults the first predictions are too
-            # large for networks without norms.
+        if ghn.gnn.sums_many:
             for module in ghn.modules():
                 if isinstance(module, nn.Embedding):
                     nn.init.trunc_normal_(module.weight, std=config.hid**-0.5)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ...hypernet import GHN, GHNConfig
+from ...hypernet.decoders import DECODERS, Decoder
+from ...hypernet.message_passing import HYPERNETS, MessagePassing
 from .pickles import of
 
-_EMBEDDINGS = ("centrality_embed_in", "centrality_embed_out", "input_dist_embed")
+_EMBEDDINGS = tuple(name for kind in HYPERNETS.values() for name in kind.node_embeddings)
 
 
 def config_and_state(content: Any, size: int) -> tuple[GHNConfig, dict[str, torch.Tensor]]:
@@ -47,7 +47,7 @@ def config_and_state(content: Any, size: int) -> tuple[GHNConfig, dict[str, torc
 
 
 def _name(name: str) -> str:
-    """GHN-3's program moves three embeddings into the first layer when it loads a GHN, and saves them there."""
+    """GHN-3's program moves its embeddings of nodes into the first layer when it loads a GHN, and saves them there."""
     return next((embed + name.split(embed)[1] for embed in _EMBEDDINGS if name.startswith(f"gnn.0.{embed}.")), name)
 
 
@@ -72,8 +72,9 @@ def _config(shapes: Mapping[str, tuple[int, ...]], stated: Mapping[str, Any]) ->
     stated = {of(str, name): _plain(value) for name, value in stated.items()}
     if stated.pop("is_ghn2", None) is not None:
         stated.pop("hypernet", None)  # GHN-3's program ignores the key and leaves it at its default
-    if implied["hypernet"] != "graphormer":
-        stated = {name: value for name, value in stated.items() if name not in ("heads", "layers")}
+    foreign = {name for kind in HYPERNETS.values() for name in kind.own_fields}
+    foreign -= set(HYPERNETS[implied["hypernet"]].own_fields)
+    stated = {name: value for name, value in stated.items() if name not in foreign}
     for name in implied.keys() & stated.keys():
         if stated[name] != implied[name]:
             raise ValueError(f"its config says {name}={stated[name]}, its tensors say {implied[name]}")
@@ -89,26 +90,19 @@ def _plain(value: Any) -> Any:
 
 
 def _implied(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    hid = shapes["embed.weight"][1]
-    classes, widest = shapes["bias_class.1.weight"]
-    config: dict[str, Any] = {"hid": hid, "num_classes": classes, "layernorm": "ln.weight" in shapes}
-    if "gnn.0.attn.to_qkv.weight" in shapes:
-        layers = sum(bool(re.fullmatch(r"gnn\.\d+\.ln1\.weight", name)) for name in shapes)
-        config |= {"hypernet": "graphormer", "layers": layers, "heads": shapes["gnn.0.attn.proj_e.2.weight"][0]}
-    elif "gnn.gru.weight_ih" in shapes:
-        config |= {"hypernet": "gatedgnn", "ve": "gnn.mlp_ve.fc.0.weight" in shapes}
-    elif "gnn.fc.0.weight" in shapes:
-        config |= {"hypernet": "mlp"}
-    else:
-        raise KeyError("gnn")
-    if "decoder.conv.2.weight" in shapes:
-        out = shapes["decoder.class_layer_predictor.1.weight"][1]
-        into = shapes["decoder.conv.2.weight"][0] // out
-        side = math.isqrt(shapes["decoder.fc.0.weight"][0] // (4 * hid))
-        config["decoder"] = "conv"
-    else:
-        # This decoder's tensors show the number of elements only; every published one is square.
-        out = into = widest
-        side = math.isqrt(shapes["decoder.mlp.fc.2.weight"][0] // (out * into))
-        config["decoder"] = "mlp"
-    return {**config, "max_shape": (out, into, side, side)}
+    hid, (classes, _) = shapes["embed.weight"][1], shapes["bias_class.1.weight"]
+    config = {"hid": hid, "num_classes": classes, "layernorm": "ln.weight" in shapes}
+    hypernet, by_hypernet = _first_with(HYPERNETS, "gnn", shapes)
+    decoder, by_decoder = _first_with(DECODERS, "decoder", shapes)
+    return {**config, "hypernet": hypernet, **by_hypernet, "decoder": decoder, **by_decoder}
+
+
+def _first_with(
+    kinds: Mapping[str, type[MessagePassing] | type[Decoder]], part: str, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[str, dict[str, Any]]:
+    """The kind of a part of a GHN whose tensors are there, and what they say of the config."""
+    found = ((name, kind.implied(shapes)) for name, kind in kinds.items())
+    for name, implied in found:
+        if implied is not None:
+            return name, implied
+    raise KeyError(part)

@@ -156,7 +156,8 @@ def rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -
         raise ValueError("a tensor has more dimensions than any parameter")
     if math.prod(size) > len(flat) or not 0 <= last < len(flat):
         raise ValueError(f"a tensor of size {tuple(size)} does not lie within its storage of {len(flat)} elements")
-    return flat.as_strided(size, stride, offset)
+    tensor: torch.Tensor = flat.as_strided(size, stride, offset)
+    return tensor
 
 
 def natural(value: Any) -> int:

@@ -6,8 +6,8 @@ is exact, since both linear maps of the decoder treat every output on its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, cast
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -35,6 +35,15 @@ class Decoder(nn.Module):
     @classmethod
     def check(cls, config: GHNConfig) -> None:
         """Raises ValueError if it cannot be built by a config."""
+
+    @classmethod
+    def implied(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+        """What the shapes of a published checkpoint's tensors say of its fields of the config.
+
+        Returns:
+            The fields; None if the tensors are not its own, as always for a decoder without published checkpoints.
+        """
+        return None
 
     def __init__(self, config: GHNConfig):
         super().__init__()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,6 +22,16 @@ class ConvDecoder(Decoder):
     """A vector per position of the largest kernel, then two 1x1 convolutions (arXiv 2110.13100, fig. 2)."""
 
     name = "conv"
+
+    @classmethod
+    def implied(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+        if "decoder.conv.2.weight" not in shapes:
+            return None
+        out = shapes["decoder.class_layer_predictor.1.weight"][1]
+        into = shapes["decoder.conv.2.weight"][0] // out
+        features, hid = shapes["decoder.fc.0.weight"]
+        side = math.isqrt(features // (4 * hid))
+        return {"max_shape": (out, into, side, side)}
 
     def __init__(self, config: GHNConfig):
         super().__init__(config)

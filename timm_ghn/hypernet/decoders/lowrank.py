@@ -20,7 +20,8 @@ class LowRankDecoder(Decoder):
     """LoGAH's decoder: any width without tiled copies, as the product of two thin matrices (arXiv 2405.16287, §3).
 
     A kernel of [out, in, h, w] is a matrix [out·h, in·w] = A Bᵀ of rank r. A node decodes to 2r vectors, and one linear
-    map stretches each of them to the width of the widest matrix.
+    map stretches each of them to the width of the widest matrix. So `max_shape` starts with the largest channels times
+    kernel size, or classes, of any layer.
     """
 
     name = "lowrank"
@@ -64,7 +65,8 @@ class LowRankDecoder(Decoder):
         would give all parameters of all networks one column space, that of the shared map.
         """
         needed = -(-rows * self.rank // self.width)
-        return self.l2(vectors[:, :needed]).flatten(1)[:, : rows * self.rank].view(-1, rows, self.rank)
+        stretched: torch.Tensor = self.l2(vectors[:, :needed])
+        return stretched.flatten(1)[:, : rows * self.rank].view(-1, rows, self.rank)
 
     def class_weight(self, x: torch.Tensor, in_features: int) -> torch.Tensor:
         """States [n, d] to class weights [n, num_classes, in]."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,6 +23,15 @@ class MLPDecoder(Decoder):
     """The MLP decoder of GHN-1's ablation: all values of the largest kernel at once."""
 
     name = "mlp"
+
+    @classmethod
+    def implied(cls, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any] | None:
+        if "decoder.mlp.fc.2.weight" not in shapes:
+            return None
+        # Its tensors show the number of elements only; every published one is square.
+        widest = shapes["bias_class.1.weight"][1]
+        side = math.isqrt(shapes["decoder.mlp.fc.2.weight"][0] // widest**2)
+        return {"max_shape": (widest, widest, side, side)}
 
     def __init__(self, config: GHNConfig):
         super().__init__(config)
@@ -43,5 +53,5 @@ class MLPDecoder(Decoder):
 
     def class_weight(self, x: torch.Tensor, in_features: int) -> torch.Tensor:
         """States [n, d] to class weights [n, num_classes, in]."""
-        weights = self.class_layer_predictor(self.mlp.fc[0](x))
+        weights: torch.Tensor = self.class_layer_predictor(self.mlp.fc[0](x))
         return weights.view(len(x), -1, self.max_shape[1])[..., :in_features]
