@@ -115,8 +115,11 @@ class _SlowInBfloat16(TorchFunctionMode):
         if not depthwise and func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
         with torch.autocast("cpu", enabled=False):
-            args = [arg.float() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args]
-            return func(*args, **kwargs).bfloat16()
+            return func(*map(_as_float32, args), **{key: _as_float32(arg) for key, arg in kwargs.items()}).bfloat16()
+
+
+def _as_float32(argument: object) -> object:
+    return argument.float() if isinstance(argument, Tensor) and argument.is_floating_point() else argument
 
 
 def _skips_positions(convolution: nn.Conv2d) -> bool:
