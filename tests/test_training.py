@@ -33,6 +33,7 @@ from timm_ghn.training.config import PRESETS, TrainConfig
 from timm_ghn.training.data import ImageDataset
 from timm_ghn.training.folding import unfold
 from timm_ghn.training.pool import Schedule, Share, TaskPool
+from timm_ghn.training.records import Log
 from timm_ghn.training.task import Task, prepare
 from timm_ghn.training.trainer import Trainer, new_ghn
 
@@ -327,6 +328,19 @@ def test_what_is_resumed_does_not_change_with_its_file(tmp_path: Path) -> None:
         stream.seek(1024)
         stream.write(bytes(1024))
     assert torch.equal(tensors["optimizer"]["x"], torch.ones(4096))
+
+
+def test_a_run_that_is_killed_as_it_resumes_keeps_its_log(tmp_path: Path) -> None:
+    log = Log(tmp_path / "log.csv", 0)
+    log.write(step=100, loss=2.5)
+    log.close()
+    resumed = Log(tmp_path / "log.csv", 100)
+    with (tmp_path / "log.csv").open() as file:
+        assert [(row["step"], row["loss"]) for row in csv.DictReader(file)] == [("100", "2.5")]
+    resumed.write(step=200, loss=2.0)
+    with (tmp_path / "log.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["100", "200"]
+    resumed.close()
 
 
 def test_an_interrupted_save_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

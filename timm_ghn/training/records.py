@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from timm_ghn.checkpoints import card
+from timm_ghn.files import whole_file
 from timm_ghn.hypernet import GHNConfig
 
 logger = logging.getLogger("timm_ghn.training")
@@ -30,10 +31,12 @@ class Log:
         if path.exists():
             with path.open(newline="", encoding="utf-8") as file:
                 rows = [row for row in csv.DictReader(file) if int(row["step"]) <= first_step]
-        self._file = path.open("w", newline="", encoding="utf-8")
+        with whole_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        self._file = path.open("a", newline="", encoding="utf-8")
         self._writer = csv.DictWriter(self._file, columns)
-        self._writer.writeheader()
-        self._writer.writerows(rows)
 
     def write(self, **row: float | str) -> None:
         """Appends a row; columns that are not given stay empty."""
