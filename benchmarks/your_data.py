@@ -20,7 +20,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ from timm_ghn.command_line import (
 )
 from timm_ghn.evaluation.accuracy import accuracy, create_model
 from timm_ghn.evaluation.adaptation import HEADS
-from timm_ghn.training.data import ImageDataset, load_dataset
+from timm_ghn.training.data import Batches, ImageDataset, load_dataset
 
 MODELS = (
     "resnet10t", "regnetx_002", "dla46_c", "mobilenetv3_small_050", "edgenext_xx_small", "convnext_atto",
@@ -56,16 +56,6 @@ MODELS = (
 STARTS = ("predicted", "random", "sgd", "pretrained")
 BATCH = 32
 TEST_BATCH = 100
-
-
-class Batches:
-    """All images of a data set in order, as often as they are asked for."""
-
-    def __init__(self, data: ImageDataset):
-        self.data = data
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self.data.batches(TEST_BATCH)
 
 
 def some(data: ImageDataset, rows: Tensor) -> ImageDataset:
@@ -109,7 +99,7 @@ class Comparison:
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(1))
         half = len(data) // 2
         # A learning rate is chosen on one half of the images by the accuracy on the other.
-        self.tuning, self.judging = some(data, order[:half]), Batches(some(data, order[half:][:500]))
+        self.tuning, self.judging = some(data, order[:half]), Batches(some(data, order[half:][:500]), TEST_BATCH)
 
     def build(self, pretrained: bool = False) -> nn.Module:
         options = {"pretrained": True} if pretrained else {}
@@ -123,7 +113,7 @@ class Comparison:
         if start == "predicted":
             size = (3, data.image_size, data.image_size)
             timm_ghn.initialize(model, ghn(self.arguments.ghn, self.arguments.device), head="keep", input_size=size)
-        timm_ghn.adapt(model, Batches(data), self.arguments.head)
+        timm_ghn.adapt(model, Batches(data, TEST_BATCH), self.arguments.head)
         return model
 
     def row(self, start: str, seconds: float) -> dict[str, float]:
@@ -195,7 +185,7 @@ def main() -> None:
     cases = itertools.product(arguments.data, arguments.shots, arguments.models)
     for (source, size), count, name in tqdm(list(cases), desc="measuring", unit="network"):
         train_images, held_out = images(source, size, arguments.holdout, arguments.device)
-        tests = Batches(some(held_out, torch.arange(min(arguments.images, len(held_out)))))
+        tests = Batches(some(held_out, torch.arange(min(arguments.images, len(held_out)))), TEST_BATCH)
         comparison = Comparison(arguments, name, shots(train_images, count, arguments.seed), tests)
         seconds = math.nan
         for start in starts:

@@ -7,7 +7,6 @@ import json
 import logging
 import shlex
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from safetensors.torch import save_model
-from torch import Tensor, nn
+from torch import nn
 
 from ..checkpoints.load import load_ghn
 from ..command_line import (
@@ -37,7 +36,7 @@ from ..evaluation.pictures import plot_confusion
 from ..files import whole_file
 from ..predictor import initialize
 from ..pretrained_cfg import label, save_config
-from ..training.data import ImageDataset
+from ..training.data import Batches, ImageDataset
 
 _BATCH = 100
 
@@ -71,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     if args.images is not None:
         rows = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[: args.images].to(args.device)
         train = replace(train, images=train.images[rows], labels=train.labels[rows])
-    size, tests = train.image_size, _Batches(held_out)
+    size, tests = train.image_size, Batches(held_out, _BATCH)
 
     best: tuple[float, str, nn.Module] | None = None
     table = Table("architecture", "parameters", "top-1, each left out", "top-1, held out", "seconds")
@@ -79,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
         started = time.perf_counter()
         model = create_model(name, train.num_classes, size).to(args.device)
         initialize(model, ghn, head="keep", input_size=(3, size, size))
-        report = adapt(model, _Batches(train), args.head)
+        report = adapt(model, Batches(train, _BATCH), args.head)
         top1 = accuracy(model, tests)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         seconds = time.perf_counter() - started
@@ -91,17 +90,7 @@ def run(args: argparse.Namespace) -> None:
     _save(args, *best[1:], train, tests)
 
 
-class _Batches:
-    """All images of a data set, a batch at a time, as often as they are asked for."""
-
-    def __init__(self, data: ImageDataset):
-        self.data = data
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self.data.batches(_BATCH)
-
-
-def _save(args: argparse.Namespace, name: str, model: nn.Module, train: ImageDataset, tests: _Batches) -> None:
+def _save(args: argparse.Namespace, name: str, model: nn.Module, train: ImageDataset, tests: Batches) -> None:
     """The model as timm reads it, a picture of what it confuses, and what can be done next."""
     label(model, args.ghn, train.described(), has_head=True)
     size = train.image_size

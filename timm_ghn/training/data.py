@@ -104,6 +104,17 @@ class ImageDataset:
             yield self.batch(rows, generator)
 
 
+@dataclass(frozen=True)
+class Batches:
+    """All rows of a data set in order, a batch at a time, as often as they are asked for."""
+
+    data: ImageDataset
+    size: int
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.data.batches(self.size)
+
+
 def _crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
     """Each image padded with black, cropped to its size at a random place, and mirrored half of the time."""
     count, _, height, width = images.shape
