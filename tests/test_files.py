@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -49,6 +50,24 @@ def test_files_appear_when_all_of_them_are_written(
         assert not (folder / "one").exists()
     assert sorted(path.name for path in folder.iterdir()) == ["one", "two"]
     assert stat.S_IMODE((folder / "one").stat().st_mode) == 0o644
+
+
+@pytest.mark.parametrize("directories", [True, False])
+def test_what_is_flushed_can_be(directories: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where directories can be opened, they too; Windows opens none, and flushes only files open for writing."""
+    fcntl = pytest.importorskip("fcntl")
+    flushed: list[tuple[bool, bool]] = []
+
+    def fsync(descriptor: int) -> None:
+        is_directory = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        flushed.append((is_directory, bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_RDWR)))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if not directories:
+        monkeypatch.delattr(os, "O_DIRECTORY")
+    with whole_directory(tmp_path / "folder") as unfinished:
+        (unfinished / "one").write_text("1")
+    assert flushed == [(False, True)] + directories * [(True, False)] * 2
 
 
 def test_other_files_of_the_folder_stay(tmp_path: Path) -> None:

@@ -91,7 +91,10 @@ def _flush_all(unfinished: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    directory = path.is_dir()
+    if directory and not hasattr(os, "O_DIRECTORY"):
+        return  # Windows opens none, and keeps the names in it by itself
+    descriptor = os.open(path, os.O_RDONLY if directory else os.O_RDWR)  # it flushes only what may be written to
     try:
         os.fsync(descriptor)
     finally:
