@@ -64,8 +64,8 @@ def summarise(section: Row) -> Row:
         goal = statistics.mean(at(run, marks[-1]) for run in random)
         models[model] = {}
         for start, its in by_start.items():
-            reached = [first_to_reach(run, goal) for run in its]
-            whole = None not in reached
+            reached = [found for run in its if (found := first_to_reach(run, goal)) is not None]
+            whole = len(reached) == len(its)
             models[model][start] = {
                 "rate": its[0]["rate"],
                 "accuracy": {mark: mean_error([at(run, mark) for run in its]) for mark in marks},
@@ -102,7 +102,7 @@ def over_models(models: dict[str, dict[str, Row]], start: str) -> Row:
 
 def at(run: Row, mark: int) -> float:
     """Accuracy in percent."""
-    return 100 * run["curve"][str(mark)]
+    return 100 * float(run["curve"][str(mark)])
 
 
 def first_to_reach(run: Row, goal: float) -> tuple[int, float] | None:
@@ -160,7 +160,7 @@ def accuracy_table(section: Row) -> tuple[list[str], list[list[str]]]:
 def markdown(section: Row) -> str:
     """A section's table in brief, for a README: the first, a middle and the last evaluation, and the gain."""
     summary = section["summary"]
-    lines = []
+    lines: list[str] = []
     for model, starts in {**summary["models"], "mean": summary["overall"]}.items():
         for start, row in starts.items():
             marks = list(row["accuracy"])

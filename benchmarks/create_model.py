@@ -168,7 +168,7 @@ def median_ratio(rows: list[dict[str, Any]], way: str, clock: str) -> float | No
 
 def peak(row: dict[str, Any]) -> float:
     """Highest memory of a prediction, in model sizes."""
-    return max(row["peak_bytes"][way] for way in WAYS[1:]) / row["bytes"]
+    return float(max(row["peak_bytes"][way] for way in WAYS[1:]) / row["bytes"])
 
 
 def show(result: dict[str, Any]) -> None:

@@ -233,14 +233,14 @@ def measure_attention(
     def table(q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=edge_bias(distance.to(q.device), *weights))
 
-    def plain(q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Tensor:
+    def plain(q: Tensor, k: Tensor, v: Tensor, *weights: Tensor) -> Any:
         bias = edge_bias_reference(distance.to(q.device), *weights)
         return (q @ k.mT * q.shape[-1] ** -0.5 + bias).softmax(-1) @ v
 
     for device in devices:
         for key, function, repeats in (("layer", table, arguments.repeats), ("reference", plain, 1)):
             times = both_times(function, [*qkv, *weights], device, repeats)
-            with LargestTensor() as largest:
+            with LargestTensor() as largest:  # type: ignore[no-untyped-call]  # torch says nothing of its own
                 function(*(x.to(device) for x in (*qkv, *weights)))
             row["attention"][device][key] = {**times, "largest_bytes": largest.bytes}
 
@@ -285,7 +285,7 @@ def both_times(
     }
 
 
-def median_time(function: Callable[[], None], device: str, repeats: int) -> float:
+def median_time(function: Callable[[], object], device: str, repeats: int) -> float:
     """Median seconds of a run; a run to warm up comes first, unless there is only one."""
 
     def now() -> float:

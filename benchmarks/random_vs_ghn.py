@@ -234,7 +234,8 @@ class Store:
         return run.key(self.setting, self.checkpoint) in self._done
 
     def __getitem__(self, run: Run) -> dict[str, Any]:
-        return self._done[run.key(self.setting, self.checkpoint)]
+        found: dict[str, Any] = self._done[run.key(self.setting, self.checkpoint)]
+        return found
 
     def add(self, run: Run, result: dict[str, Any]) -> None:
         key = run.key(self.setting, self.checkpoint)
@@ -322,7 +323,7 @@ def train(run: Run) -> dict[str, Any]:
     return result
 
 
-def fresh(run: Run, images: ImageDataset) -> nn.Module:
+def fresh(run: Run, images: ImageDataset) -> Any:
     """The network before training."""
     torch.manual_seed(run.seed)
     options: dict[str, Any] = {}
@@ -337,7 +338,7 @@ def fresh(run: Run, images: ImageDataset) -> nn.Module:
     return model
 
 
-def reinitialise_later_layers(model: nn.Module) -> None:
+def reinitialise_later_layers(model: Any) -> None:
     layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     layers.remove(model.get_classifier())
     for layer in layers[len(layers) * 3 // 5 :]:

@@ -122,7 +122,8 @@ def train(
     optimizer.zero_grad(set_to_none=False)
     with clock.stage("GHN forward"):
         predicted = ghn([task.graph for task in tasks])
-    outputs, gradients = [], []
+    outputs: list[Any] = []
+    gradients: list[Any] = []
     for task, tiles, (images, labels) in zip(tasks, predicted, batches, strict=True):
         with clock.stage("network forward and backward"):
             leaves = {name: tile.detach().requires_grad_() for name, tile in tiles.items() if name in task.shapes}
@@ -133,10 +134,10 @@ def train(
             (loss / len(tasks)).backward()
         used = [name for name, leaf in leaves.items() if leaf.grad is not None and tiles[name].requires_grad]
         outputs += [tiles[name] for name in used]
-        own = [leaves[name].grad for name in used]
+        own: list[Any] = [leaves[name].grad for name in used]
         if not plain:
             norm = float(torch.stack(torch._foreach_norm(own)).norm())
-            own = torch._foreach_mul(own, min(1.0, 3.0 / norm))
+            own = [*torch._foreach_mul(own, min(1.0, 3.0 / norm))]
         gradients += own
     with clock.stage("GHN backward"):
         torch.autograd.backward(outputs, gradients)
@@ -212,7 +213,7 @@ def main() -> None:
 
     arguments.out.mkdir(parents=True, exist_ok=True)
     told = {name: value for name, value in vars(arguments).items() if name != "out"}
-    report = {"machine": machine(), "arguments": told, "seconds": rows}
+    report: dict[str, Any] = {"machine": machine(), "arguments": told, "seconds": rows}
     (arguments.out / "training_step.json").write_text(json.dumps(report, indent=1) + "\n")
     draw(rows, report["machine"], arguments.out / "training_step.png")
     console = Console(width=150)

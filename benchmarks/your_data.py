@@ -229,10 +229,8 @@ def report(rows: list[dict[str, Any]], directory: Path) -> None:
         of_source = {count: found for (*which, count), found in top1.items() if which == [source, size]}
         places = range(len(of_source))
         for start in columns:
-            means = [
-                statistics.mean(found[start].values()) if start in found else math.nan for found in of_source.values()
-            ]
-            axes.plot(places, means, marker="o", label=start)
+            tops = [found.get(start, {"": math.nan}).values() for found in of_source.values()]
+            axes.plot(places, [statistics.mean(top) for top in tops], marker="o", label=start)
         axes.set(title=f"{source}, {size} pixels", xlabel="images of a class", ylabel="top-1, %")
         axes.set_xticks(places, [str(count or "all") for count in of_source])
     axes.legend()

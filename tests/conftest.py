@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,11 @@ from timm_ghn.hypernet import GHN, GHNConfig
 
 # Tests leave the user's cache of graphs alone.
 os.environ["TIMM_GHN_CACHE"] = "0"
+# Small networks are slower on several threads, and sums come out in another order. What tests start inherits it.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
 @pytest.fixture(scope="session")
@@ -52,13 +59,17 @@ def ghn_file(save_ghn: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     return save_ghn(tmp_path_factory.mktemp("ghn") / "random.safetensors")
 
 
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Small networks are slower on several threads, and sums come out in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(scope="session")
+def run_benchmark() -> Callable[..., None]:
+    """Does what ``python benchmarks/NAME.py ARGUMENTS`` does in this process, ``run_benchmark("graph_layer", ...)``."""
+
+    def run(name: str, *arguments: str) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [str(BENCHMARKS / f"{name}.py"), *arguments])
+            patch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])  # which its worker processes get as well
+            importlib.import_module(name).main()
+
+    return run
 
 
 @pytest.fixture

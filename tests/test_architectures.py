@@ -106,7 +106,7 @@ def test_same_in_another_process() -> None:
         "import json, sys; from timm_ghn.training.architectures import architecture;"
         "print(json.dumps([architecture(*place).key for place in json.loads(sys.argv[1])]))"
     )
-    places = [[source, split, index] for source in SPLITS for split in ("train", "val") for index in range(10)]
+    places = [(source, split, index) for source in SPLITS for split in ("train", "val") for index in range(10)]
     answer = subprocess.run([sys.executable, "-c", program, json.dumps(places)], capture_output=True, check=True)
     assert json.loads(answer.stdout) == [architecture(*place).key for place in places]
 

@@ -23,7 +23,7 @@ from timm_ghn.hypernet import GHN, GHNConfig
 from timm_ghn.predictor import Predictor
 from timm_ghn.tiling import tile
 
-SMALL = {"max_shape": (16, 16, 3, 3), "hid": 16}
+SMALL: dict[str, Any] = {"max_shape": (16, 16, 3, 3), "hid": 16}
 
 
 def rows_of(operands: Operands) -> dict[str, set[int]]:
@@ -60,7 +60,8 @@ class Listener(TorchFunctionMode):
 
 
 def heard(model: nn.Module, size: tuple[int, ...]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    with Listener() as listener:
+    listener = Listener()
+    with listener:
         model.eval()(torch.randn(1, *size))
     assert listener.calls
     return listener.calls
@@ -178,7 +179,7 @@ class Attention(nn.Module):
         self.norms = nn.ModuleDict({operand: nn.LayerNorm(sizes[operand]) for operand in normed})
         self.proj = nn.Linear(blocks * (sizes["v"] + extra), 5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = self.embed(x)
         x = self.qkv(x).flatten(2).mT if isinstance(self.qkv, nn.Conv2d) else self.qkv(x.flatten(2).mT)
         x = x.unflatten(-1, (self.blocks, self.dim)).transpose(1, 2)

@@ -17,8 +17,6 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from timm_ghn import GHN, PredictionError, initialize, load_ghn, predict
 from timm_ghn.predictor import Predictor
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -27,7 +25,8 @@ def ghn(ghn_file: Path) -> GHN:
     return load_ghn(ghn_file)
 
 
-def network(change: Callable[[nn.Module], nn.Module] = lambda layer: layer, index: int = 2) -> nn.Sequential:
+def network(change: Callable[[Any], nn.Module] = lambda layer: layer, index: int = 2) -> Any:
+    """A sequential model, of no type: what its layers have depends on the change."""
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 24, 3, groups=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
@@ -121,7 +120,7 @@ class Refusing(Symmetric):
         return x.triu()
 
 
-def parametrized(make: Callable[[torch.Tensor], nn.Module]) -> Callable[[nn.Module], nn.Module]:
+def parametrized(make: Callable[[torch.Tensor], nn.Module]) -> Callable[[Any], nn.Module]:
     return lambda layer: parametrize.register_parametrization(layer, "weight", make(layer.weight))
 
 
@@ -165,7 +164,7 @@ def test_a_layer_that_cannot_take_on_a_weight_is_kept(change: Any, kind: str, gh
     assert not torch.equal(after["2.weight"], before["2.weight"])
 
 
-def symmetric(layer: Any) -> nn.Module:
+def symmetric(layer: nn.Linear) -> nn.Module:
     with torch.no_grad():
         layer.weight.copy_(layer.weight + layer.weight.mT)
     return layer
@@ -230,7 +229,7 @@ class Momentum(nn.Module):
         self.norm = nn.BatchNorm1d(10)
         self.register_buffer("start", self.online[6].weight.detach().clone())
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         return self.norm(self.online(x))
 
 
@@ -239,7 +238,7 @@ def test_copies_of_a_parameter_follow_it_or_say_so(ghn: GHN) -> None:
     statistics = state(model.norm)
     target = state(model.target)
     report = initialize(model, ghn, input_size=32)
-    assert torch.equal(model.start, model.online[6].weight)
+    assert torch.equal(model.get_buffer("start"), model.online[6].weight)
     assert {report.kept[f"target.{name}"] for name in target} == {"copy of a predicted parameter: copy it again"}
     assert all(torch.equal(value, target[name]) for name, value in model.target.state_dict().items())
     for name in ("running_mean", "running_var"):  # as constant as the norm's bias and weight once were
@@ -259,7 +258,7 @@ class Adapted(nn.Module):
         nn.init.zeros_(self.b.weight)
         nn.init.zeros_(self.b.bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         return self.layer(x) + 0.5 * self.b(self.a(x))
 
 
@@ -271,7 +270,7 @@ class Branch(nn.Module):
         self.first, self.last = nn.Linear(24, 24), nn.Linear(24, 24)
         nn.init.zeros_(self.last.weight)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> Any:
         return x + self.last(self.first(x).relu())
 
 
@@ -279,11 +278,12 @@ class Branch(nn.Module):
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("created", [False, True])
 def test_an_adapter_that_adds_nothing_still_adds_nothing(index: int, frozen: bool, created: bool, ghn: GHN) -> None:
-    def build() -> nn.Sequential:
+    def build() -> Any:
         net = network(Adapted, index)
         net[index].layer.requires_grad_(not frozen)
         return net
 
+    net: Any
     if created:
         net, report = Predictor(ghn, input_size=(3, 32, 32)).create(build)
     else:
@@ -297,17 +297,19 @@ def test_an_adapter_that_adds_nothing_still_adds_nothing(index: int, frozen: boo
 
 
 def test_adapters_in_the_residuals_of_a_frozen_network_still_add_nothing(ghn: GHN) -> None:
-    net = nn.Sequential(*network().requires_grad_(False)[:6], Branch(), nn.Linear(24, 10))
+    branch = Branch()
+    net = nn.Sequential(*network().requires_grad_(False)[:6], branch, nn.Linear(24, 10))
     report = initialize(net, ghn, input_size=32)
     assert "adds nothing" in report.kept["6.last.weight"] and "6.last.bias" in report.predicted
-    assert not net[6].last.weight.any()
+    assert not branch.last.weight.any()
 
 
 def test_zeros_that_only_begin_training_are_predicted(ghn: GHN) -> None:
-    net = nn.Sequential(*network()[:6], Branch(), nn.Linear(24, 10))
-    nn.init.zeros_(net[7].weight)
+    branch, head = Branch(), nn.Linear(24, 10)
+    net = nn.Sequential(*network()[:6], branch, head)
+    nn.init.zeros_(head.weight)
     assert initialize(net, ghn, input_size=32).predicted_fraction == 1
-    assert net[6].last.weight.any() and net[7].weight.any()
+    assert branch.last.weight.any() and head.weight.any()
 
 
 @pytest.mark.parametrize("name", ["gcresnext26ts", "mixer_s32_224", "samvit_base_patch16_224"])
@@ -321,9 +323,10 @@ def test_timms_zeros_are_predicted(name: str, ghn: GHN) -> None:
 # ---- what cannot be written -----------------------------------------------------------------------------------------
 
 
-def replaced(make: Callable[[torch.Tensor], torch.Tensor], index: int = 2) -> nn.Sequential:
-    net = network()
-    net[index].weight = nn.Parameter(make(net[index].weight.detach()))
+def replaced(make: Callable[[torch.Tensor], torch.Tensor], index: int = 2) -> nn.Module:
+    net: nn.Module = network()
+    layer = net.get_submodule(str(index))
+    layer.weight = nn.Parameter(make(layer.get_parameter("weight").detach()))
     return net
 
 
@@ -379,7 +382,9 @@ def test_tensors_of_other_kinds_are_refused_before_anything_is_written(ghn: GHN)
         """A tensor that handles every function itself, as sharded and quantized ones do."""
 
         @classmethod
-        def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(  # type: ignore[override]  # torch's own is no method
+            cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             if func is torch.ops.aten.empty_like.default:
                 return torch.empty(args[0].shape, device="meta")
             raise RuntimeError("no other function of torch works on this")
@@ -394,7 +399,7 @@ def test_tensors_of_other_kinds_are_refused_before_anything_is_written(ghn: GHN)
 
 def test_values_too_large_for_the_models_type_are_refused(ghn: GHN) -> None:
     large = copy.deepcopy(ghn)
-    nn.init.constant_(large.bias_class[1].bias, 1e6)
+    nn.init.constant_(large.get_parameter("bias_class.1.bias"), 1e6)
     large.config = type(ghn.config)(**{**ghn.config.to_dict(), "weight_norm": False})
     net = network().half()
     before = state(net)

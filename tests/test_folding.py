@@ -16,8 +16,6 @@ from timm_ghn.training.architectures import SPLITS, architecture, families
 from timm_ghn.training.folding import Folded, fold, fold_constant, unfold
 from timm_ghn.training.task import Task, prepare
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 # Parts of 4 channels, in wholes of 8 and of 11.
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "conv": lambda x, w, v: F.conv2d(x, w["conv"], v["out"], 2, 1),
@@ -57,6 +55,7 @@ def test_a_part_gives_what_the_whole_gives(name: str, channels: int) -> None:
 
     leaves = [leaf(2, 4, 6, 6), leaf(4, 4, 3, 3), leaf(6, 6, 3, 3), leaf(4, 1, 3, 3), leaf(4, 2, 3, 3), leaf(4, 4)]
     leaves += [leaf(4), leaf(4), leaf(4), leaf(1)]
+    shapes: list[tuple[int, ...]]
     shapes = [(2, channels, 6, 6), (10, channels, 3, 3), (9, channels, 3, 3), (channels, 1, 3, 3), (channels, 2, 3, 3)]
     shapes += [(10, channels), (channels,), (channels,), (10,), (1,)]
 

@@ -14,7 +14,6 @@ import pytest
 import timm
 import torch
 import torchvision
-from torch import nn
 
 from timm_ghn.checkpoints.load import load_ghn
 from timm_ghn.graph import ComputationGraph, trace
@@ -28,10 +27,11 @@ ARCHITECTURES = sorted(path.name.removesuffix(".json.gz") for path in GOLDEN.glo
 
 @cache
 def golden(architecture: str) -> dict[str, Any]:
-    return json.loads(gzip.decompress((GOLDEN / f"{architecture}.json.gz").read_bytes()))
+    graph: dict[str, Any] = json.loads(gzip.decompress((GOLDEN / f"{architecture}.json.gz").read_bytes()))
+    return graph
 
 
-def build(architecture: str) -> nn.Module:
+def build(architecture: str) -> Any:
     source, name = architecture.split("-", 1)
     with torch.device("meta"):
         return timm.create_model(name) if source == "timm" else getattr(torchvision.models, name)()

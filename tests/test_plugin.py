@@ -98,7 +98,12 @@ def test_pretrained_cfg_of_the_model() -> None:
     assert registered == predicted
 
 
-PREPARED = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.2, 0.1), "crop_pct": 0.9, "interpolation": "bilinear"}
+PREPARED: dict[str, Any] = {
+    "mean": (0.5, 0.4, 0.3),
+    "std": (0.2, 0.2, 0.1),
+    "crop_pct": 0.9,
+    "interpolation": "bilinear",
+}
 NAMES = tuple("abcdefghij")
 
 
@@ -207,9 +212,7 @@ def test_ghn_kwargs_are_checked() -> None:
         (MODEL, {"num_classes": None}, lambda m: m.num_classes == 1000),
     ],
 )
-def test_arguments_keep_timms_meaning(
-    name: str, kwargs: dict[str, Any], check: Callable[[nn.Module], bool]
-) -> None:
+def test_arguments_keep_timms_meaning(name: str, kwargs: dict[str, Any], check: Callable[[nn.Module], bool]) -> None:
     model = create_model(name, pretrained_cfg=TAG, **kwargs)
     with torch.no_grad():
         assert check(model.eval())
@@ -292,7 +295,7 @@ def test_an_exported_model_is_not_predicted_again(tmp_path: Path) -> None:
 
 
 def test_a_model_registered_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    def late_model(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    def late_model(pretrained: bool = False, **kwargs: Any) -> Any:
         return timm.models.test_resnet(pretrained=pretrained, **kwargs)
 
     module = types.ModuleType("late_models")
@@ -617,7 +620,7 @@ def test_inside_another_creation(monkeypatch: pytest.MonkeyPatch) -> None:
     inner: list[nn.Module] = []
     original = timm.model_entrypoint(MODEL)
 
-    def nested(**kwargs: Any) -> nn.Module:
+    def nested(**kwargs: Any) -> Any:
         inner.append(create_model("test_vit"))
         inner.append(create_model("test_vit", pretrained_cfg=TAG))
         return original(**kwargs)

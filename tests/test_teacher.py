@@ -17,8 +17,6 @@ from timm_ghn.training.task import Task
 from timm_ghn.training.teacher import FILE, distillation, soft_labels
 from timm_ghn.training.trainer import Trainer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CONFIG = TrainConfig(
     ghn=GHNConfig(num_classes=3, max_shape=(16, 16, 3, 3), hid=8),
     architectures=(Share("timm", ("plain", "residual"), 400_000),),

@@ -24,7 +24,7 @@ old_forward: Any = None
 calls: list[str] = []
 
 
-def resnet() -> nn.Module:
+def resnet() -> Any:
     """In train mode, where a forward pass counts up `num_batches_tracked`, and with a hook that says that it ran."""
     model = timm.create_model("test_resnet", num_classes=10).train()
     model.ran = ran = []
@@ -47,22 +47,22 @@ def assert_only_read(model: nn.Module) -> None:
 # ---- what holds on to the model past its copy -----------------------------------------------------------------------
 
 
-def closure(model: nn.Module) -> None:
+def closure(model: Any) -> None:
     old = model.forward
     model.forward = lambda x: old(x)
 
 
-def global_name(model: nn.Module) -> None:
+def global_name(model: Any) -> None:
     global old_forward
     old_forward = model.forward
     model.forward = lambda x: old_forward(x)
 
 
-def default_argument(model: nn.Module) -> None:
+def default_argument(model: Any) -> None:
     model.forward = lambda x, old=model.forward: old(x)
 
 
-def decorated(model: nn.Module) -> None:
+def decorated(model: Any) -> None:
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -74,53 +74,53 @@ def decorated(model: nn.Module) -> None:
     model.forward = timed(timed(model.forward))
 
 
-def method(model: nn.Module) -> None:
+def method(model: Any) -> None:
     model.plain_forward = model.forward
     model.forward = types.MethodType(lambda self, x: self.plain_forward(x), model)
 
 
-def partial(model: nn.Module) -> None:
+def partial(model: Any) -> None:
     """In the manner of accelerate."""
 
-    def forward(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    def forward(module: Any, x: torch.Tensor) -> Any:
         return module._old_forward(x)
 
     model._old_forward = model.forward
     model.forward = functools.update_wrapper(functools.partial(forward, model), model.forward)
 
 
-def callable_object(model: nn.Module) -> None:
+def callable_object(model: Any) -> None:
     class Wrapper:
         def __init__(self, function: Callable[..., Any]):
             self.function = function
 
-        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        def __call__(self, x: torch.Tensor) -> Any:
             return self.function(x)
 
     model.forward = Wrapper(model.forward)
 
 
-def of_a_submodule(model: nn.Module) -> None:
+def of_a_submodule(model: Any) -> None:
     closure(model.bn1)
     closure(model.layer1[0].conv1)
 
 
-def weak_reference(model: nn.Module) -> None:
-    reference = weakref.ref(model)
+def weak_reference(model: Any) -> None:
+    reference: Any = weakref.ref(model)
     model.forward = lambda x: type(reference()).forward(reference(), x)
 
 
-def weak_proxy(model: nn.Module) -> None:
+def weak_proxy(model: Any) -> None:
     proxy = weakref.proxy(model)
     model.forward = lambda x: proxy.forward_head(proxy.forward_features(x))
 
 
-def list_of_methods(model: nn.Module) -> None:
+def list_of_methods(model: Any) -> None:
     steps = [model.forward_features, model.forward_head]
     model.forward = lambda x: functools.reduce(lambda value, step: step(value), steps, x)
 
 
-def bound_call(model: nn.Module) -> None:
+def bound_call(model: Any) -> None:
     whole = model.bn1.__call__
     model.bn1.forward = lambda x, old=model.bn1.forward: old(x)
     model.layer1[0].norm = whole
@@ -131,7 +131,7 @@ def bound_call(model: nn.Module) -> None:
     [closure, global_name, default_argument, decorated, method, partial, callable_object, of_a_submodule,
      weak_reference, weak_proxy, list_of_methods, bound_call],
 )  # fmt: skip
-def test_a_wrapped_method_runs_on_the_copy(wrap: Callable[[nn.Module], None], expected: list[str]) -> None:
+def test_a_wrapped_method_runs_on_the_copy(wrap: Callable[[Any], None], expected: list[str]) -> None:
     model = resnet()
     wrap(model)
     calls.clear()
@@ -170,7 +170,8 @@ def test_a_module_in_a_plain_list_is_copied_as_well() -> None:
 
 def test_a_compiled_model_is_traced() -> None:
     model = timm.create_model("test_resnet")
-    assert trace(torch.compile(model, backend="eager")).head == ("_orig_mod.fc.weight", "_orig_mod.fc.bias")
+    compiled: Any = torch.compile(model, backend="eager")
+    assert trace(compiled).head == ("_orig_mod.fc.weight", "_orig_mod.fc.bias")
     model.compile(backend="eager")
     assert trace(model).head == ("fc.weight", "fc.bias")
 
@@ -218,7 +219,7 @@ def pruned_twice(layer: nn.Module) -> None:
     prune.ln_structured(layer, "weight", 0.5, n=2, dim=0)
 
 
-def own_hook(layer: nn.Module) -> None:
+def own_hook(layer: Any) -> None:
     layer.raw = layer.weight
     del layer.weight
     layer.weight = layer.raw.detach().clone()
@@ -242,7 +243,7 @@ def parametrized(layer: nn.Module) -> None:
     ],
 )
 def test_hooks_that_make_weights_run(make: Callable[[nn.Module], None], names: set[str]) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3), nn.Conv2d(6, 5, 3))
+    model: Any = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3), nn.Conv2d(6, 5, 3))
     make(model[1])
     counted = []
     model[1].register_forward_pre_hook(lambda module, args: counted.append(args[0]))
@@ -272,12 +273,13 @@ def test_methods_of_a_users_object_do_not_run() -> None:
         def __call__(self, module: nn.Module, args: Any, output: torch.Tensor) -> None:
             self.seen.append(output.mean().item())
 
-    model, tracker, mine = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5)), Tracker(), []
+    model, tracker = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5)), Tracker()
+    mine: list[Any] = []
     model[0].register_forward_hook(tracker)
     model[0].register_forward_hook(tracker.__call__)
-    model[0].register_forward_pre_hook(mine.append)
+    model[0].register_forward_pre_hook(mine.append)  # type: ignore[arg-type]  # fails if it runs
     model[1].register_forward_hook(functools.partial(Tracker.__call__, tracker))
-    model.tracker = tracker  # makes it a part of the model, whose copy fails without values
+    vars(model)["tracker"] = tracker  # makes it a part of the model, whose copy fails without values
     assert len(trace(model, (3,))) == 5
     assert not tracker.seen
     assert not mine
@@ -303,7 +305,7 @@ class Records(nn.Module):
         self.numbers = (number for number in range(3))
         self.log = logging.getLogger("user")
         self.store: dict[str, Any] = {"lock": threading.RLock(), "seen": [], "features": None}
-        self.owner = weakref.ref(self.layer)
+        self.owner: Any = weakref.ref(self.layer)
         self.owners = weakref.WeakValueDictionary({"layer": self.layer})
         self.random = torch.Generator()
         self.source = Source()
@@ -359,7 +361,7 @@ class Two(nn.Module):
         self.image, self.text = nn.Linear(3, 4), nn.Embedding(7, 4)
         self.head = nn.Linear(4, 2)
 
-    def forward(self, image: torch.Tensor, text: torch.Tensor, *, scale: float = 1.0) -> torch.Tensor:
+    def forward(self, image: torch.Tensor, text: torch.Tensor, *, scale: float = 1.0) -> Any:
         return self.head(self.image(image) * scale + self.text(text).mean(1))
 
 
@@ -381,11 +383,16 @@ def test_inputs_drive_a_model_of_several(inputs: Any) -> None:
 
 
 def test_inputs_may_be_nested_or_one_tensor() -> None:
-    class Listed(nn.Linear):
-        def forward(self, images: list[torch.Tensor]) -> torch.Tensor:
-            return super().forward(torch.stack(images))
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 4)
 
-    assert trace(Listed(3, 4), inputs=([torch.rand(3), torch.rand(3)],)).names == ["input", "weight", "bias"]
+        def forward(self, images: list[torch.Tensor]) -> Any:
+            return self.layer(torch.stack(images))
+
+    names = trace(Listed(), inputs=([torch.rand(3), torch.rand(3)],)).names
+    assert names == ["input", "layer.weight", "layer.bias"]
     assert trace(nn.Linear(3, 4), inputs=torch.rand(5, 3)).names == ["input", "weight", "bias"]
 
 
@@ -395,7 +402,7 @@ def test_several_inputs_are_one_node() -> None:
             super().__init__()
             self.left, self.right = nn.Linear(3, 4, bias=False), nn.Linear(3, 4, bias=False)
 
-        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> Any:
             return self.left(x) + self.right(y)
 
     graph = trace(Siamese(), inputs=(torch.rand(1, 3), torch.rand(1, 3)))
@@ -530,7 +537,7 @@ def test_what_is_used_without_gradients_has_its_reason() -> None:
             self.used, self.unused = nn.Linear(3, 3), nn.Linear(3, 3)
             self.token = nn.Parameter(torch.zeros(1, 3))
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def forward(self, x: torch.Tensor) -> Any:
             self.auxiliary(x)
             with torch.no_grad():
                 x = self.frozen(torch.cat([self.token, x]))
@@ -548,7 +555,7 @@ def test_what_is_used_without_gradients_has_its_reason() -> None:
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_a_forward_pass_without_gradients_is_told_so(context: Callable[[], Any]) -> None:
-    model = nn.Linear(3, 4)
+    model: Any = nn.Linear(3, 4)
     model.forward = context()(model.forward)
     with pytest.raises(TraceError, match="must not be detached or computed under no_grad"):
         trace(model, (3,))

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 from timm_ghn import demo
 
-BENCHMARK = Path(__file__).resolve().parents[1] / "benchmarks" / "your_data.py"
 
-
-def test_it_compares_starts_and_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_it_compares_starts_and_goes_on_where_it_was(
+    tmp_path: Path, run_benchmark: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = [
-        sys.executable, str(BENCHMARK), f"{demo.IMAGES}:32", "--models", "test_resnet", "--shots", "3", "all",
-        "--holdout", "60", "--images", "40", "--finetune", "2", "--rates", "0.01", "0.03", "--device", "cpu",
-        "--out", str(tmp_path),
+        f"{demo.IMAGES}:32", "--models", "test_resnet", "--shots", "3", "all", "--holdout", "60", "--images", "40",
+        "--finetune", "2", "--rates", "0.01", "0.03", "--device", "cpu", "--out", str(tmp_path),
     ]  # fmt: skip
-    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "sgd" in done.stdout
+    run_benchmark("your_data", *arguments)
+    assert "sgd" in capsys.readouterr().out
     text = (tmp_path / "your_data.json").read_text()
     rows = json.loads(text)["rows"]
     assert [(row["of"][2], row["of"][4]) for row in rows] == [
@@ -30,5 +29,5 @@ def test_it_compares_starts_and_goes_on_where_it_was(tmp_path: Path) -> None:
     assert by_start["predicted"]["top1"] > 15 and by_start["predicted"]["finetuned_rate"] in (0.01, 0.03)
     assert "finetuned" not in by_start["sgd"] and by_start["sgd"]["seconds"] == by_start["predicted"]["seconds"]
     assert (tmp_path / "your_data.png").stat().st_size > 0
-    assert subprocess.run(arguments, capture_output=True, check=False).returncode == 0
+    run_benchmark("your_data", *arguments)
     assert (tmp_path / "your_data.json").read_text() == text

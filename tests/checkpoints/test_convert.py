@@ -112,7 +112,7 @@ def test_a_training_checkpoint_of_ghn3(tmp_path: Path) -> None:
     ghn = GHN(config)
     ghn.load_state_dict(state)
     optimizer = torch.optim.AdamW(ghn.parameters())
-    sum(parameter.sum() for parameter in ghn.parameters()).backward()
+    torch.stack([parameter.sum() for parameter in ghn.parameters()]).sum().backward()
     optimizer.step()
     state = {name: tensor.clone() for name, tensor in ghn.state_dict().items()}
     stated = {**published_config(config), "hypernet": "gatedgnn", "layers": 2, "heads": 2, "is_ghn2": False}
@@ -134,7 +134,8 @@ def test_embeddings_moved_into_the_first_layer_are_moved_back(tmp_path: Path) ->
 def test_maps_over_channels_are_matrices_or_kernels(tmp_path: Path, hypernet: str, dimensions: int) -> None:
     config, state = tiny(hypernet=hypernet, heads=8 if hypernet == "gatedgnn" else 2)
     maps = ("decoder.conv.0.weight", "decoder.conv.2.weight", "decoder.class_layer_predictor.1.weight")
-    other = {**state, **{name: state[name].flatten(1)[(..., *(None,) * (dimensions - 2))] for name in maps}}
+    other = {**state, **{name: state[name].flatten(1) for name in maps}}
+    other |= {name: other[name].reshape(other[name].shape + (1,) * (dimensions - 2)) for name in maps}
     joblib.dump(other, tmp_path / "ghn.pt")
     assert_converts(tmp_path / "ghn.pt", config, state)
 

@@ -90,7 +90,7 @@ def test_the_card_of_a_training_run(directory: Path) -> None:
     assert 'timm_ghn.register("mine", "hf-hub:someone/ghn")' in text
     assert "![curves](curves.png)" in text
     assert "## Citation\n\nKnyazev et al. 2021" in text
-    assert ModelCard(text).data.license == "mit"
+    assert ModelCard(text).data.to_dict()["license"] == "mit"
 
 
 def test_the_card_of_a_shipped_tag(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -172,7 +171,7 @@ def test_wrong_arguments_are_one_line(
     "options", ["--out {}", "--models tset_resnet", "--repeats 0", "--batches -1", "--architectures 0", "--inputs 0"]
 )
 def test_benchmarks_refuse_likewise(
-    options: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    options: str, tmp_path: Path, run_benchmark: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
     arguments = options.format(tmp_path / "file").split()
@@ -180,17 +179,10 @@ def test_benchmarks_refuse_likewise(
     assert scripts
     for script in scripts:
         with pytest.raises(SystemExit) as stopped:
-            run_script(script, arguments, monkeypatch)
+            run_benchmark(script.stem, *arguments)
         printed = capsys.readouterr()
         assert (stopped.value.code, printed.out) == (2, "")
         assert printed.err.startswith(f"{script.name}: argument {arguments[0]}") and printed.err.count("\n") == 1
-
-
-def run_script(script: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As ``python SCRIPT ARGUMENTS`` does, in this process."""
-    monkeypatch.setattr(sys, "argv", [str(script), *arguments])
-    monkeypatch.setattr(sys, "path", [str(script.parent), *sys.path])
-    runpy.run_path(str(script), run_name="__main__")
 
 
 def test_types_of_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,10 +223,6 @@ def test_what_interrupts_any_command(
     assert capsys.readouterr().err == message
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("workers", "seconds"), [("1", 0), ("2", 0), ("2", 100)])
 def test_ctrl_c_during_a_sweep(workers: str, seconds: int, tmp_path: Path, ghn_file: Path) -> None:
@@ -245,7 +233,7 @@ def test_ctrl_c_during_a_sweep(workers: str, seconds: int, tmp_path: Path, ghn_f
     command = ["zoo", "resnet*", "vit*", "--ghn", str(ghn_file), "-o", str(tmp_path), "--workers", workers]
     process = subprocess.Popen(
         [sys.executable, "-m", "timm_ghn", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=environment(), start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True,
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )  # fmt: skip
     rows = tmp_path / "zoo.jsonl"
@@ -278,12 +266,9 @@ def test_ctrl_c_in_a_script_of_the_users(tmp_path: Path, capfd: Any, monkeypatch
 # --- the demo ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_demos_images_are_held_out_ones(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demos_images_are_held_out_ones(shared: Path, tmp_path: Path, run_benchmark: Callable[..., None]) -> None:
     """They are what the script makes of the last 5,000 rows, byte by byte."""
-    arguments = [str(shared / "data" / "cifar10-train.parquet"), "--out", str(tmp_path)]
-    with pytest.raises(SystemExit) as stopped:
-        run_script(BENCHMARKS / "demo_images.py", arguments, monkeypatch)
-    assert stopped.value.code == 0
+    run_benchmark("demo_images", str(shared / "data" / "cifar10-train.parquet"), "--out", str(tmp_path))
     made, shipped = (
         {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.jpg")}
         for folder in (tmp_path, demo.IMAGES)
@@ -300,7 +285,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("few", "one_thread")
+@pytest.mark.usefixtures("few")
 def test_the_demo_classifies_its_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "new" / "demo.png"
     assert cli.main(["demo", "--picture", str(picture)]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -91,7 +92,7 @@ def test_weights_are_not_overwritten(tmp_path: Path, ghn_file: Path, capsys: pyt
 
 
 def test_a_disk_without_room(tmp_path: Path, ghn_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prediction.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(GHNError, match="room for 1,000"):
         export.export("test_resnet", tmp_path, Predictor(load_ghn(ghn_file)), "ghn")
     assert list(tmp_path.iterdir()) == []

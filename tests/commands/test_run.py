@@ -26,7 +26,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 
 
 def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -50,7 +50,6 @@ def assert_began_with(expected: torch.nn.Module, directory: Path) -> None:
 GHN_KWARGS = {"finetune": "orthogonal", "head": "keep"}
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("arguments", "name", "kwargs"),
     [

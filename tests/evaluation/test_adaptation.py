@@ -16,8 +16,6 @@ import timm_ghn  # noqa: F401, installs the hook
 from timm_ghn import adapt
 from timm_ghn.evaluation.accuracy import accuracy
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def images(count: int, classes: int, size: int = 32, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
     """Batches of noise with a colour for each class."""

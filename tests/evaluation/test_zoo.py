@@ -95,7 +95,7 @@ def test_a_sweep_goes_on_with_rows_of_its_own_setting(tmp_path: Path, ghn_file: 
     sweep(tmp_path, ghn_file, "--images", str(images), "--workers", "2")
     assert rows() == 4
     other = copy.deepcopy(load_ghn(ghn_file))
-    torch.nn.init.constant_(other.bias_class[1].bias, 0.5)
+    torch.nn.init.constant_(other.get_parameter("bias_class.1.bias"), 0.5)
     other.save_pretrained(tmp_path / "other")
     sweep(tmp_path, tmp_path / "other")
     assert rows() == 6

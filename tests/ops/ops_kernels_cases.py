@@ -43,13 +43,17 @@ def check(graphs: list[tuple[Tensor, int]], d: int, hidden: int, dtype: torch.dt
         assert (a - e).abs().max() <= tolerance * max(1.0, e.abs().max().item())
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-@pytest.mark.parametrize(("d", "hidden"), [(8, 4), (6, 6), (3, 5), (128, 64)])
+SINGLE, DOUBLE = (torch.float32, 1e-5), (torch.float64, 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("d", "hidden", "dtype", "tolerance"), [(8, 4, *SINGLE), (6, 6, *DOUBLE), (3, 5, *DOUBLE), (128, 64, *SINGLE)]
+)
 def test_widths(d: int, hidden: int, dtype: torch.dtype, tolerance: float) -> None:
     check([several_sinks(), EDGELESS, fan(2)], d, hidden, dtype, tolerance)
 
 
-@settings(max_examples=5, deadline=None, database=None)
+@settings(max_examples=3, deadline=None, database=None)
 @given(st.lists(dags(), min_size=1, max_size=2))
 def test_any_batch_of_dags(graphs: list[tuple[Tensor, int]]) -> None:
     check(graphs, 4, 2, torch.float64, 1e-10)
@@ -60,9 +64,10 @@ def test_list_longer_than_a_block() -> None:
 
 
 def test_distances_up_to_the_cutoff() -> None:
-    check([chain(55 if DEVICE == "cpu" else 3000)], 4, 2, torch.float64, 1e-10)
+    check([chain(52 if DEVICE == "cpu" else 3000)], 4, 2, torch.float64, 1e-10)
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="takes the interpreter long, and has nothing that the others have not")
 def test_golden_graph() -> None:
     check([golden_graph("torchvision-vgg11_bn"), chain(3)], 32, 16, torch.float32, 1e-5)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,12 +32,13 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
         assert (actual - expected).abs().max() <= tolerance * max(1.0, expected.abs().max().item())
 
 
-def check_gradients(edges: Tensor, sizes: list[int], weights: list[Tensor | None], d: int = 8) -> None:
+def check_gradients(edges: Tensor, sizes: list[int], weights: Sequence[Tensor | None], d: int = 8) -> None:
     """States and gradients of all inputs agree with the reference in float64."""
     h = states(sum(sizes), d)
     inputs = [h, *(w for w in weights if w is not None)]
-    expected = gated_gnn_reference(h, edges, *weights)
-    actual = gated_gnn(h, Topology.from_edges(edges, sizes), *weights)
+    arguments: list[Any] = list(weights)
+    expected = gated_gnn_reference(h, edges, *arguments)
+    actual = gated_gnn(h, Topology.from_edges(edges, sizes), *arguments)
     assert_close(actual, expected, 1e-10)
     direction = torch.randn_like(expected)
     for a, e in zip(
@@ -72,7 +75,7 @@ def test_any_batch_of_dags(graphs: list[tuple[Tensor, int]], d: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "graphs",
-    [[EDGELESS], [(EDGELESS[0], 5)], [several_sinks()], [chain(5), EDGELESS, fan(4), several_sinks()], [fan(2000)]],
+    [[EDGELESS], [(EDGELESS[0], 5)], [several_sinks()], [chain(5), EDGELESS, fan(4), several_sinks()], [fan(300)]],
     ids=["one node", "no edges", "several sinks", "unequal sizes", "fan"],
 )
 def test_odd_graphs(graphs: list[tuple[Tensor, int]]) -> None:
@@ -81,7 +84,7 @@ def test_odd_graphs(graphs: list[tuple[Tensor, int]]) -> None:
 
 @pytest.mark.slow
 def test_long_chain() -> None:
-    edges, nodes = chain(3000)
+    edges, nodes = chain(1200)  # more than Python's functions may nest
     real = edges[edges[:, 2] == 1]
     with torch.no_grad():
         weights, h = layer_weights(4), states(nodes, 4)
@@ -226,7 +229,7 @@ def test_data_parallel(tmp_path: Path) -> None:
     finally:
         torch.distributed.destroy_process_group()
     for parameter, e in zip(layer.parameters(), expected, strict=True):
-        assert torch.equal(parameter.grad, e)
+        assert parameter.grad is not None and torch.equal(parameter.grad, e)
 
 
 def test_torch_func() -> None:
@@ -266,7 +269,7 @@ def test_wrong_edges(edges: list[list[float]], sizes: list[int], message: str) -
 
 def test_wrong_tensors() -> None:
     topology = Topology.from_edges(*batch([chain(3)]))
-    weights = layer_weights(4)
+    weights: list[Any] = [*layer_weights(4)]
     h = states(3, 4)
     for wrong_h, message in (
         (h[:2], r"give \[3, d\]"),
@@ -281,6 +284,7 @@ def test_wrong_tensors() -> None:
             gated_gnn(wrong_h, topology, *weights)
     for index, name in ((0, "mlp0_w"), (3, "mlp2_b"), (6, "ve2_w"), (9, "gru_w_hh"), (11, "gru_b_hh")):
         with pytest.raises(ValueError, match=f"{name} has shape|mlp"):
-            gated_gnn(h, topology, *weights[:index], weights[index][..., :-1], *weights[index + 1 :])
+            gated_gnn(h, topology, *[w[..., :-1] if i == index else w for i, w in enumerate(weights)])
+    weights[4] = None
     with pytest.raises(ValueError, match="give all four, or none"):
-        gated_gnn(h, topology, *weights[:4], None, *weights[5:])
+        gated_gnn(h, topology, *weights)

@@ -56,10 +56,11 @@ def check(graphs: list[Graph], d: int, hidden: int, without_virtual: bool = Fals
     h, weights = inputs(sizes, d, hidden)
     direction = torch.linspace(-1, 1, h.numel()).view_as(h)
     results = []
-    for dtype, layer, where in (
+    layers: list[tuple[torch.dtype, Any, Any]] = [
         (torch.float32, gated_gnn, Topology.from_edges(edges, sizes)),
         (torch.float64, gated_gnn_reference, edges),
-    ):
+    ]
+    for dtype, layer, where in layers:
         leaves = [x.detach().to(dtype).requires_grad_() for x in (h, *weights)]
         arguments: list[Any] = list(leaves)
         if without_virtual:
