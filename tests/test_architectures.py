@@ -101,6 +101,7 @@ def test_pinned() -> None:
     assert {name: first_of("timm", "train", name).key for name in JOINED} == PINNED_FAMILIES
 
 
+@pytest.mark.slow
 def test_same_in_another_process() -> None:
     program = (
         "import json, sys; from timm_ghn.training.architectures import architecture;"

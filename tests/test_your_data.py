@@ -11,6 +11,7 @@ import pytest
 from timm_ghn import demo
 
 
+@pytest.mark.slow
 def test_it_compares_starts_and_goes_on_where_it_was(
     tmp_path: Path, run_benchmark: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:

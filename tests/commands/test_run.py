@@ -50,6 +50,7 @@ def assert_began_with(expected: torch.nn.Module, directory: Path) -> None:
 GHN_KWARGS = {"finetune": "orthogonal", "head": "keep"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "name", "kwargs"),
     [

@@ -49,6 +49,7 @@ def check_gradients(edges: Tensor, sizes: list[int], weights: Sequence[Tensor | 
         assert_close(a, torch.zeros_like(a) if e is None else e, 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", GOLDEN_ARCHITECTURES)
 def test_golden_graphs(architecture: str) -> None:
     edges, nodes = golden_graph(architecture)
