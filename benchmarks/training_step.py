@@ -130,7 +130,7 @@ def train(
             parameters = task.parameters(leaves)
             if plain:
                 parameters = {name: unfold(parameter) for name, parameter in parameters.items()}
-            loss = F.cross_entropy(task.logits(parameters, images, bf16), labels)
+            loss = F.cross_entropy(task.output(parameters, images, bf16), labels)
             (loss / len(tasks)).backward()
         used = [name for name, leaf in leaves.items() if leaf.grad is not None and tiles[name].requires_grad]
         outputs += [tiles[name] for name in used]

@@ -5,6 +5,8 @@ For each data set, number of images a class and architecture: the held-out accur
 and of a third that SGD trains from random weights for as many seconds as the predicted one took in all. With
 --finetune, the adapted networks are trained on for so many steps of SGD. Each training has the rate that is best when
 one half of its images is trained on and the other looked at. "pretrained" weights are timm's, where they can be had.
+A GHN that is conditioned on tasks is told of the images; "untold" and "mistold" are its predictions without, and with
+the sketch of another one of the data sets.
 
 Data sets are those of timm-ghn train, each with the side that its images are brought to behind a colon. Rows are kept
 in DIR/your_data.json as they come, and not measured again.
@@ -53,7 +55,7 @@ MODELS = (
     "resnet10t", "regnetx_002", "dla46_c", "mobilenetv3_small_050", "edgenext_xx_small", "convnext_atto",
     "mobilevit_xxs", "vit_tiny_patch16_224",
 )  # fmt: skip
-STARTS = ("predicted", "random", "sgd", "pretrained")
+STARTS = ("predicted", "random", "sgd", "pretrained", "untold", "mistold")
 BATCH = 32
 TEST_BATCH = 100
 
@@ -94,8 +96,10 @@ def train(model: nn.Module, data: ImageDataset, rate: float, steps: float, secon
 class Comparison:
     """All that is measured of an architecture on some images of a data set."""
 
-    def __init__(self, arguments: argparse.Namespace, name: str, data: ImageDataset, tests: Batches):
-        self.arguments, self.name, self.data, self.tests = arguments, name, data, tests
+    def __init__(
+        self, arguments: argparse.Namespace, name: str, data: ImageDataset, tests: Batches, other: ImageDataset
+    ):
+        self.arguments, self.name, self.data, self.tests, self.other = arguments, name, data, tests, other
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(1))
         half = len(data) // 2
         # A learning rate is chosen on one half of the images by the accuracy on the other.
@@ -110,9 +114,12 @@ class Comparison:
 
     def adapted(self, start: str, data: ImageDataset) -> nn.Module:
         model = self.build(start == "pretrained")
-        if start == "predicted":
+        if start in ("predicted", "untold", "mistold"):
             size = (3, data.image_size, data.image_size)
-            timm_ghn.initialize(model, ghn(self.arguments.ghn, self.arguments.device), head="keep", input_size=size)
+            predictor = ghn(self.arguments.ghn, self.arguments.device)
+            told = {"predicted": data, "mistold": self.other}.get(start) if predictor.config.conditioned else None
+            task = None if told is None else timm_ghn.sketch(Batches(told, TEST_BATCH))
+            timm_ghn.initialize(model, predictor, head="keep", input_size=size, task=task)
         timm_ghn.adapt(model, Batches(data, TEST_BATCH), self.arguments.head)
         return model
 
@@ -186,7 +193,9 @@ def main() -> None:
     for (source, size), count, name in tqdm(list(cases), desc="measuring", unit="network"):
         train_images, held_out = images(source, size, arguments.holdout, arguments.device)
         tests = Batches(some(held_out, torch.arange(min(arguments.images, len(held_out)))), TEST_BATCH)
-        comparison = Comparison(arguments, name, shots(train_images, count, arguments.seed), tests)
+        another = arguments.data[arguments.data.index((source, size)) - 1]
+        other = images(*another, arguments.holdout, arguments.device)[1]
+        comparison = Comparison(arguments, name, shots(train_images, count, arguments.seed), tests, other)
         seconds = math.nan
         for start in starts:
             of = [Path(source).stem, size, count, name, start, *setting]

@@ -46,7 +46,7 @@ NOT_RUN = {
     "python -m timm_ghn": "is a name, not a command line",
 }
 _TRAIN = (
-    "--steps 2 --holdout 100 --hid 8 --max-shape 16,16,3,3 --architectures timm:0:1e7 --batch-size 8 "
+    "--steps 2 --holdout 100 --hid 8 --max-shape 16,16,3,3 --architectures timm:0:1e7 --batch-size 20 "
     "--val-architectures 1 --val-images 9 --workers 0 --device cpu"
 )
 SHORTER = {

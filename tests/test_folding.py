@@ -116,7 +116,7 @@ def test_every_family_is_computed_exactly(
     x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
 
     def run() -> tuple[Tensor, list[Tensor]]:
-        y = task.logits(task.parameters(leaves), x)
+        y = task.output(task.parameters(leaves), x)
         gradients = torch.autograd.grad(y.square().sum(), list(leaves.values()), allow_unused=True)
         return y, [g for g in gradients if g is not None]
 

@@ -117,13 +117,13 @@ def test_images_come_in_the_sizes_asked_for(tmp_path: Path, monkeypatch: pytest.
     share = Share("timm", ("plain", "vit"), 1_000_000)
     config = dataclasses.replace(CONFIG, teacher=0.0, steps=12, image_sizes=(16, 24), architectures=(share,), uses=1)
     seen: dict[bool, set[int]] = {True: set(), False: set()}
-    logits = Task.logits
+    output = Task.output
 
     def spy(self: Task, parameters: dict[str, torch.Tensor], batch: torch.Tensor, bf16: bool = False) -> torch.Tensor:
         seen[self.architecture.fixed_size].add(batch.shape[-1])
-        return logits(self, parameters, batch, bf16)
+        return output(self, parameters, batch, bf16)
 
     trainer = Trainer(config, TRAIN, VAL, tmp_path, workers=0)
-    monkeypatch.setattr(Task, "logits", spy)
+    monkeypatch.setattr(Task, "output", spy)
     trainer.run()
     assert seen == {True: {16}, False: {16, 24}}

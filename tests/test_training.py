@@ -254,10 +254,10 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
 def test_networks_without_a_finite_gradient_are_left_out_counted_and_in_the_end_fatal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    logits = Task.logits
+    output = Task.output
     bad_steps = {1, 2}
     run = trainer(tmp_path, dataclasses.replace(CONFIG, steps=10, max_skipped=4))
-    monkeypatch.setattr(Task, "logits", lambda *args: logits(*args) * (torch.nan if run.step in bad_steps else 1.0))
+    monkeypatch.setattr(Task, "output", lambda *args: output(*args) * (torch.nan if run.step in bad_steps else 1.0))
     run.run(until=4)
     assert run.skipped == [1, 1, 2, 2] and run.step == 4
     assert all(value.isfinite().all() for value in weights(tmp_path).values())
@@ -409,8 +409,8 @@ def test_a_task_computes_what_its_network_does(family: str) -> None:
     own = {name: parameter for name, parameter in real.named_parameters() if name in task.shapes}
     assert own.keys() | task.graph.kept.keys() == dict(real.named_parameters()).keys()
     x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(task.logits(own, x), real(x), atol=1e-4, rtol=1e-4)
-    rough = task.logits(own, x, bf16=True)
+    torch.testing.assert_close(task.output(own, x), real(x), atol=1e-4, rtol=1e-4)
+    rough = task.output(own, x, bf16=True)
     assert rough.dtype == torch.float32
     assert (rough - real(x)).norm() < 0.2 * real(x).norm()
     again = prepare(network(family), 5, 32)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .evaluation.calibration import calibrate
     from .evaluation.ranking import rank
     from .graph import ComputationGraph, trace
-    from .hypernet import GHN, GHNConfig
+    from .hypernet import GHN, GHNConfig, sketch
     from .plugin import install, uninstall
     from .prediction import Prediction, Report
     from .predictor import initialize, predict
@@ -44,6 +44,7 @@ __all__ = [
     "predict",
     "rank",
     "register",
+    "sketch",
     "trace",
     "uninstall",
 ]
@@ -66,6 +67,7 @@ _HOMES = {
     "predict": "predictor",
     "rank": "evaluation.ranking",
     "register": "checkpoints.catalog",
+    "sketch": "hypernet",
     "trace": "graph",
     "uninstall": "plugin",
 }

@@ -62,22 +62,26 @@ def add_ghn_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ghn", default="ghn2", help="tag, directory, .safetensors file or hf-hub:org/repo@revision")
 
 
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which images, as `load_data` takes them."""
+def add_data_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """Which images, as `load_data` takes them, or as a list of such."""
     data = parser.add_argument_group("data")
-    data.add_argument("--data", default="torch/cifar10", help="parquet file, image folder, torch/NAME or hfds/REPO")
+    source = "parquet file, image folder, torch/NAME or hfds/REPO; with #20-29 behind it, only these classes"
+    if several:
+        data.add_argument("--data", nargs="+", default=["torch/cifar10"], metavar="DATA", help=source)
+    else:
+        data.add_argument("--data", default="torch/cifar10", help=source)
     data.add_argument("--holdout", type=integer(1), default=5000, help="training images to hold out for validation")
     data.add_argument("--image-size", type=integer(1), help="bring all images to this size")
     data.add_argument("--root", help="where torch/… and hfds/… keep their files; by default beside the Hub's cache")
     data.add_argument("--download", action="store_true", help="let torch/… fetch what is missing")
 
 
-def load_data(args: argparse.Namespace, split: str) -> ImageDataset:
-    """The images that the arguments name."""
+def load_data(args: argparse.Namespace, split: str, source: str | None = None) -> ImageDataset:
+    """The images that the arguments name, or those of one of several sources."""
     from .training.data import load_dataset
 
     options = {name: getattr(args, name) for name in ("holdout", "image_size", "root", "download")}
-    return load_dataset(args.data, split, **options)
+    return load_dataset(source or args.data, split, **options)
 
 
 # --- types of arguments -----------------------------------------------------------------------------------------------

@@ -28,14 +28,14 @@ _IDLE = "zero, so that its branch adds nothing to other weights"
 
 @dataclass(frozen=True)
 class Predictor:
-    """A GHN, and how it is to predict: `head`, `input_size` and `inputs` are those of `predict`.
+    """A GHN, and how it is to predict: `head`, `input_size`, `inputs` and `task` are those of `predict`.
 
     Attributes:
         ghn: What predicts.
         preparation: What `predict` calls `finetune`.
 
     Raises:
-        ValueError: If there is no such `head` or `preparation`.
+        ValueError: If there is no such `head` or `preparation`, or the GHN has no use for the `head` or `task`.
     """
 
     ghn: GHN
@@ -43,9 +43,14 @@ class Predictor:
     input_size: int | tuple[int, ...] | None = None
     preparation: str | None = None
     inputs: Any = None
+    task: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         _check_options(self.head, self.preparation)
+        if self.head == "predict" and not self.ghn.config.predicts_head:
+            raise ValueError('head is "predict", but this GHN predicts no classification layer; fit one with `adapt`.')
+        if self.task is not None and not self.ghn.config.conditioned:
+            raise ValueError("A task is given, but this GHN predicts the same for all tasks; leave it out.")
 
     @plain_torch()
     def predict(self, model: nn.Module) -> Prediction:
@@ -117,14 +122,15 @@ class Predictor:
         parameters = dict(model.named_parameters())
         classes = self.ghn.config.num_classes
         fits = all(parameters[name].shape[0] == classes for name in graph.head)
-        predict_head = self.head == "predict" or (self.head == "auto" and fits)
+        predict_head = self.ghn.config.predicts_head and (self.head == "predict" or (self.head == "auto" and fits))
         with torch.no_grad():
-            (predicted,) = self.ghn([graph], predict_head=predict_head)
+            (predicted,) = self.ghn([graph], predict_head, [self.task])
 
         known = graph.within(self.ghn.config.primitives)
         kept: dict[str, str] = {name: reason for name, reason in known.kept.items() if name not in predicted}
         if not predict_head:
-            reason = "head=keep" if self.head == "keep" else f"head: the checkpoint has {classes} classes"
+            has = f"has {classes} classes" if self.ghn.config.predicts_head else "predicts none"
+            reason = "head=keep" if self.head == "keep" else f"head: the checkpoint {has}"
             kept.update(dict.fromkeys(graph.head, reason))
         kept = unwritable(parameters) | _idle(graph, parameters, is_zero) | kept
         tiles = {name: tensor for name, tensor in predicted.items() if name in parameters and name not in kept}
@@ -166,6 +172,7 @@ def predict(
     input_size: int | tuple[int, ...] | None = None,
     finetune: str | None = None,
     inputs: Any = None,
+    task: torch.Tensor | None = None,
 ) -> Prediction:
     """Predicts a model's parameters without touching the model.
 
@@ -180,8 +187,11 @@ def predict(
             are predicted.
         inputs: What the forward pass takes, instead of an `input_size`, where one image cannot drive it: a tensor, a
             tuple of positional or a dictionary of keyword arguments; see `timm_ghn.trace`.
+        task: What the network is to be good at, as `timm_ghn.sketch` tells it from images, for a GHN that is
+            conditioned on tasks.
 
     Raises:
+        ValueError: If there is no such `head` or `finetune`, or the GHN has no use for the `head` or `task`.
         TraceError: If the model cannot be traced.
         PredictionError: If a predicted tensor does not fit its parameter or is not finite.
         CheckpointError: If the GHN cannot be loaded.
@@ -190,7 +200,7 @@ def predict(
     started = time.perf_counter()
     loaded = load_ghn(ghn) if isinstance(ghn, str) else ghn
     seconds = time.perf_counter() - started
-    prediction = Predictor(loaded, head, input_size, finetune, inputs).predict(model)
+    prediction = Predictor(loaded, head, input_size, finetune, inputs, task).predict(model)
     prediction.report.seconds = {"load": seconds, **prediction.report.seconds}
     return prediction
 
@@ -202,6 +212,7 @@ def initialize(
     input_size: int | tuple[int, ...] | None = None,
     finetune: str | None = None,
     inputs: Any = None,
+    task: torch.Tensor | None = None,
 ) -> Report:
     """Predicts a model's parameters and writes them in place: all or, if anything is wrong, none.
 
@@ -209,7 +220,7 @@ def initialize(
     (vectors of a spectral norm, the range of a quantizer, copies), which follow it. Arguments and errors are those of
     `predict`.
     """
-    prediction = predict(model, ghn, head, input_size, finetune, inputs)
+    prediction = predict(model, ghn, head, input_size, finetune, inputs, task)
     write(model, prediction)
     return prediction.report
 

@@ -31,9 +31,10 @@ _USAGE = """
 import timm, timm_ghn  # pip install timm-ghn
 
 timm_ghn.register("mine", "{source}")
-model = timm.create_model("resnet50", pretrained_cfg="mine", num_classes={classes})
+model = timm.create_model("resnet50", pretrained_cfg="mine", {options})
 ```
 """
+_DATA = 'num_classes=37, ghn_kwargs={"data": batches}'  # whose classes a layer is fitted to
 
 
 def model_card(config: GHNConfig, *, name: str, license: str, trained_on: str, source: str, details: str) -> str:
@@ -56,4 +57,4 @@ def model_card(config: GHNConfig, *, name: str, license: str, trained_on: str, s
 
 def usage(config: GHNConfig, source: str) -> str:
     """The section that says how a GHN is used."""
-    return _USAGE.format(source=source, classes=config.num_classes)
+    return _USAGE.format(source=source, options=f"num_classes={config.num_classes}" if config.predicts_head else _DATA)

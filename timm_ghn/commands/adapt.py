@@ -34,6 +34,7 @@ from ..evaluation.accuracy import accuracy, confusion, create_model
 from ..evaluation.adaptation import HEADS, adapt
 from ..evaluation.pictures import plot_confusion
 from ..files import whole_file
+from ..hypernet import sketch
 from ..predictor import initialize
 from ..pretrained_cfg import label, save_config
 from ..training.data import Batches, ImageDataset
@@ -71,13 +72,14 @@ def run(args: argparse.Namespace) -> None:
         rows = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[: args.images].to(args.device)
         train = replace(train, images=train.images[rows], labels=train.labels[rows])
     size, tests = train.image_size, Batches(held_out, _BATCH)
+    task = sketch(Batches(train, _BATCH)) if ghn.config.conditioned else None
 
     best: tuple[float, str, nn.Module] | None = None
     table = Table("architecture", "parameters", "top-1, each left out", "top-1, held out", "seconds")
     for name in track(names, "adapting", console=Console(stderr=True), disable=len(names) == 1):
         started = time.perf_counter()
         model = create_model(name, train.num_classes, size).to(args.device)
-        initialize(model, ghn, head="keep", input_size=(3, size, size))
+        initialize(model, ghn, head="keep", input_size=(3, size, size), task=task)
         report = adapt(model, Batches(train, _BATCH), args.head)
         top1 = accuracy(model, tests)
         parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -81,6 +81,8 @@ def run(args: argparse.Namespace) -> None:
         raise GHNError(f"--families: {error}.") from None
     ghn = load_ghn(args.ghn, args.device)
     train, data = (load_data(args, split).to(args.device) for split in ("train", args.data_split))
+    if not ghn.config.predicts_head:
+        raise GHNError(f"{args.ghn} predicts no classification layer; measure what timm-ghn adapt makes with it.")
     if data.num_classes != ghn.config.num_classes:
         raise GHNError(
             f"{args.data} has {data.num_classes} classes, {args.ghn} predicts {ghn.config.num_classes}; choose a GHN "

@@ -32,22 +32,33 @@ from timm_ghn.hypernet.message_passing import HYPERNETS
 from timm_ghn.training.checkpoint import TrainingError, load_checkpoint
 from timm_ghn.training.config import PRESETS, SCHEDULES, TrainConfig
 from timm_ghn.training.families import FAMILIES
+from timm_ghn.training.objectives import OBJECTIVES
 from timm_ghn.training.optimizers import OPTIMIZERS
 from timm_ghn.training.teacher import soft_labels
 from timm_ghn.training.trainer import Trainer
 
 logger = logging.getLogger("timm_ghn.training")
 
-_GHN_ARGUMENTS = ("hypernet", "decoder", "hid", "layers", "heads", "rank", "max_shape", "split_attention")
+_GHN_ARGUMENTS = (
+    "hypernet",
+    "decoder",
+    "hid",
+    "layers",
+    "heads",
+    "rank",
+    "max_shape",
+    "split_attention",
+    "conditioned",
+)
 _RUN_ARGUMENTS = ("steps", "seed", "meta_batch", "batch_size", "optimizer", "lr", "schedule", "network_clip",
-                  "eval_every", "val_architectures", "val_images", "bf16")  # fmt: skip
+                  "eval_every", "val_architectures", "val_images", "bf16", "head", "data_weights")  # fmt: skip
 _TEACHERS_SHARE = 0.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Data, run and config; those of the run's config have no default, so that a resumed run keeps its."""
     parser.epilog = f"families by tier: {'; '.join(_families_by_tier())}"
-    add_data_arguments(parser)
+    add_data_arguments(parser, several=True)
     run = parser.add_argument_group("run")
     run.add_argument("--out", type=output_directory, default="runs/ghn", help="the run's directory")
     run.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
@@ -75,6 +86,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a part of the mixture: families up to a tier (0 to 3), or those named, with commas between, within so "
         "many multiply-accumulates, drawn as often as its weight says, from this step on; may be repeated",
     )  # fmt: skip
+    config.add_argument(
+        "--head", choices=OBJECTIVES,
+        help="predicted, for the classes of one data set, or ridge: fitted in closed form to tasks from all of them",
+    )  # fmt: skip
+    config.add_argument(
+        "--data-weights", type=positive, nargs="+", metavar="WEIGHT", help="how often a task is from each data set"
+    )
+    config.add_argument(
+        "--conditioned", action=argparse.BooleanOptionalAction, help="tell the GHN of the task that it predicts for"
+    )
     config.add_argument("--seed", type=integer(0))
     config.add_argument("--meta-batch", type=integer(1), help="architectures a step, over all processes")
     config.add_argument("--batch-size", type=integer(1), help="images for each of them")
@@ -136,16 +157,16 @@ def run(args: argparse.Namespace) -> None:
     with _processes(args.device) as device:
         first = not dist.is_initialized() or dist.get_rank() == 0
         logging.getLogger("timm_ghn").setLevel(logging.INFO if first else logging.ERROR)
-        data, validation = load_data(args, "train"), load_data(args, "val")
+        data, validation = ([load_data(args, split, source) for source in args.data] for split in ("train", "val"))
         init = load_ghn(args.init) if args.init else None
         ghn = None if init is None else replace(init.config, images=None).to_dict()  # it may have seen others
-        config = _config(args, data.num_classes, ghn, device)
+        config = _config(args, data[0].num_classes, ghn, device)
         teacher = None
         if config.teacher:
             if not first:
                 dist.barrier()  # until the first process has written them
             source = Path(args.teacher) if args.teacher else args.cooldown_from
-            teacher = soft_labels(args.out, data, validation, device, source)
+            teacher = soft_labels(args.out, data[0], validation[0], device, source)
             if first and dist.is_initialized():
                 dist.barrier()
         trainer = Trainer(
@@ -184,6 +205,8 @@ def _config(
         fields["teacher"] = fields.get("teacher") or _TEACHERS_SHARE
     fields["ghn"] = {"num_classes": num_classes, **(ghn or fields.get("ghn", {}))}
     fields["ghn"].update({name: getattr(args, name) for name in _GHN_ARGUMENTS if getattr(args, name) is not None})
+    if fields.get("head") == "ridge":
+        fields["ghn"]["predicts_head"] = False
     return TrainConfig.from_dict(fields)
 
 

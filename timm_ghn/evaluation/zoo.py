@@ -70,7 +70,7 @@ def examine(name: str, ghn: GHN, images: Tensor | None = None) -> Row:
         parameters = dict(model.named_parameters())
         graph = trace(model)
         # Raises if a prediction is not finite, does not fit, or a parameter has neither a prediction nor a reason.
-        report = Predictor(ghn, head="predict").from_graph(model, graph).report
+        report = _predictor(ghn).from_graph(model, graph).report
         row["seconds"] = round(time.perf_counter() - started, 4)
         size = sum(parameter.numel() for parameter in parameters.values())
         if images is not None:
@@ -93,12 +93,17 @@ def examine(name: str, ghn: GHN, images: Tensor | None = None) -> Row:
     }
 
 
+def _predictor(ghn: GHN) -> Predictor:
+    """With a head for whatever classes, where the GHN has one."""
+    return Predictor(ghn, head="predict" if ghn.config.predicts_head else "auto")
+
+
 def _run(name: str, ghn: GHN, images: Tensor) -> str:
     """Makes a model with predicted weights and runs it on two images: "ok", or what is wrong with its output.
 
     In bfloat16 where that is faster; what fails or looks wrong then is run again in float32, whose word counts.
     """
-    model, _ = Predictor(ghn, head="predict").create(partial(timm.create_model, name))
+    model, _ = _predictor(ghn).create(partial(timm.create_model, name))
     model.eval()
     finding = ""
     for bf16 in (True, False) if has_bf16(torch.device("cpu")) else (False,):

@@ -2,5 +2,6 @@
 
 from .config import GHNConfig, Images
 from .ghn import GHN
+from .tasks import sketch
 
-__all__ = ["GHN", "GHNConfig", "Images"]
+__all__ = ["GHN", "GHNConfig", "Images", "sketch"]

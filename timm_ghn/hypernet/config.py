@@ -25,6 +25,8 @@ _CHOICES: dict[str, tuple[str | bool, ...]] = {
     "ve": (True, False),
     "layernorm": (True, False),
     "split_attention": (True, False),
+    "predicts_head": (True, False),
+    "conditioned": (True, False),
 }
 # Whatever a file says, its tensors' sizes fit 63 bits, and it is built in seconds or refused.
 _LIMITS = {
@@ -95,6 +97,9 @@ class GHNConfig:
             no position, which is also the mean of timm's inits.
         split_attention: Queries, keys and values are predicted each on its own, from nodes that know which they are,
             also where they are the parts of one parameter. The published checkpoints repeat one tile over all three.
+        predicts_head: It has weights for the classification layer of its own classes. Without, that layer is always
+            left alone, for somebody to fit.
+        conditioned: What it predicts can depend on a task, of which it is given a `sketch`.
         primitives: What a node can be for it, in the order of the embedding's rows. What others there are is contracted
             away before it sees a graph.
         images: What it was trained with, for whoever prepares images for a predicted model. None if unknown. It decides
@@ -115,6 +120,8 @@ class GHNConfig:
     branch_scale: float | None = None
     position_bias: float | None = None
     split_attention: bool = False
+    predicts_head: bool = True
+    conditioned: bool = False
     primitives: tuple[str, ...] = tuple(PRIMITIVES)
     images: Images | None = dataclasses.field(default=None, compare=False)
 

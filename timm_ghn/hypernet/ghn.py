@@ -23,6 +23,7 @@ from .config import GHNConfig
 from .decoders import DECODERS
 from .encoder import ShapeEncoder
 from .message_passing import HYPERNETS, MLP
+from .tasks import TaskModulation
 
 _OPERANDS = "qkv"
 
@@ -60,7 +61,10 @@ class GHN(
             self.ln = nn.LayerNorm(hid)
         self.decoder = DECODERS[config.decoder](config)
         self.decoder_1d = MLP(hid, 2 * hid, 2 * config.max_channels)
-        self.bias_class = nn.Sequential(nn.ReLU(), nn.Linear(config.max_channels, config.num_classes))
+        if config.predicts_head:
+            self.bias_class = nn.Sequential(nn.ReLU(), nn.Linear(config.max_channels, config.num_classes))
+        if config.conditioned:
+            self.modulation = TaskModulation(hid)
 
     @classmethod
     def parameter_shapes(cls, config: GHNConfig) -> dict[str, tuple[int, ...]]:
@@ -80,12 +84,19 @@ class GHN(
         source = model_id if Path(model_id).exists() else f"hf-hub:{model_id}" + (f"@{revision}" if revision else "")
         return copy.deepcopy(cls.loader(source))  # the loader shares what it loaded
 
-    def forward(self, graphs: Sequence[ComputationGraph], predict_head: bool = True) -> list[dict[str, torch.Tensor]]:
+    def forward(
+        self,
+        graphs: Sequence[ComputationGraph],
+        predict_head: bool = True,
+        tasks: Sequence[torch.Tensor | None] | None = None,
+    ) -> list[dict[str, torch.Tensor]]:
         """Predicts the parameters of several networks at once.
 
         Args:
             graphs: The networks' computation graphs.
             predict_head: Whether to predict the classification layers; they come out with the checkpoint's classes.
+                A GHN without such weights never does.
+            tasks: For a conditioned GHN, the `sketch` of each network's task, or None where none is known.
 
         Returns:
             For each graph, parameter name to *tile*: a normalised tensor with the parameter's number of dimensions, as
@@ -95,8 +106,11 @@ class GHN(
         """
         if not graphs:
             return []
+        predict_head = predict_head and self.config.predicts_head
         plans = [make_plan(graph, self.config, self.decoder.decoded_shape, predict_head) for graph in graphs]
         states = self.node_states(plans)
+        if self.config.conditioned and tasks is not None:
+            states = self.modulation(states, [len(plan.graph) for plan in plans], tasks)
         jobs = _Jobs(plans)
         tiles: list[dict[str, torch.Tensor]] = [{} for _ in plans]
         for predicted in (

@@ -8,10 +8,12 @@ from typing import Any
 
 from timm_ghn.hypernet import GHNConfig
 from timm_ghn.training.checkpoint import TrainingError
+from timm_ghn.training.objectives import OBJECTIVES
 from timm_ghn.training.optimizers import OPTIMIZERS
 from timm_ghn.training.pool import Share
 
 SCHEDULES = ("cosine", "steps", "constant", "linear")
+_TUPLES = ("betas", "image_sizes", "data_weights", "ways")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,13 @@ class TrainConfig:
             None for none. Norms differ from kind to kind (2 for a residual network, 24 for a transformer, 120 for one
             in ten of those), and without it the largest alone decides the step.
         clip: Upper limit for the norm of the GHN's gradient.
-        label_smoothing: Of the cross-entropy.
+        head: "predicted", for the classes of one data set, or "ridge": fitted in closed form to some images of a few
+            classes of any of several data sets, and judged by others of theirs. A batch is half of each.
+        data_weights: How often a task is one of each of the data sets, relative to the others; empty for equally.
+        ways: One of these is a task's number of classes.
+        grey: Share of the tasks that are without colour.
+        blind: Share of the tasks that a conditioned GHN is not told of.
+        label_smoothing: Of the cross-entropy, with a predicted head.
         teacher: Share of the divergence from a teacher's labels in the loss, 0 for none, see `soft_labels`; the rest is
             the cross-entropy's.
         temperature: At which the divergence compares.
@@ -67,6 +75,11 @@ class TrainConfig:
     schedule: str = "cosine"
     network_clip: float | None = 3.0
     clip: float = 5.0
+    head: str = "predicted"
+    data_weights: tuple[float, ...] = ()
+    ways: tuple[int, ...] = (5, 10)
+    grey: float = 0.0
+    blind: float = 0.2
     label_smoothing: float = 0.05
     teacher: float = 0.0
     temperature: float = 2.0
@@ -92,11 +105,17 @@ class TrainConfig:
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} is {value}; it must be above 0")
         require(self.steps is None or self.steps > 0, f"steps is {self.steps}; it must be at least 1, or null")
-        for name, allowed in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+        for name, allowed in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("head", OBJECTIVES)):
             value = getattr(self, name)
             require(value in allowed, f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
         require(0 <= self.ema < 1, f"ema is {self.ema}; it must be from 0 to below 1")
-        require(0 <= self.teacher <= 1, f"teacher is {self.teacher}; it must be from 0 to 1")
+        for name in ("teacher", "grey", "blind"):
+            share = getattr(self, name)
+            require(0 <= share <= 1, f"{name} is {share}; it must be from 0 to 1")
+        require(
+            all(weight > 0 for weight in self.data_weights), f"data_weights is {self.data_weights}; all must be above 0"
+        )
+        require(min(self.ways, default=0) > 1, f"ways is {list(self.ways)}; tasks must have at least 2 classes")
         sizes = self.image_sizes
         require(all(size > 0 for size in sizes), f"image_sizes is {list(sizes)}; each must be at least 1")
         first = [share for share in self.architectures if share.from_step == 0 and share.weight > 0]
@@ -106,7 +125,7 @@ class TrainConfig:
         """Plain types for JSON."""
         shares = [{**dataclasses.asdict(share), "families": list(share.families)} for share in self.architectures]
         plain = {**dataclasses.asdict(self), "ghn": self.ghn.to_dict(), "architectures": shares}
-        return {**plain, "betas": list(self.betas), "image_sizes": list(self.image_sizes)}
+        return {**plain, **{name: list(getattr(self, name)) for name in _TUPLES}}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TrainConfig:
@@ -121,7 +140,7 @@ class TrainConfig:
             if "architectures" in data:
                 shares = ({**share, "families": tuple(share.get("families", ()))} for share in data["architectures"])
                 data["architectures"] = tuple(Share(**share) for share in shares)
-            for name in {"betas", "image_sizes"} & data.keys():
+            for name in data.keys() & set(_TUPLES):
                 data[name] = tuple(data[name])
             return cls(**data)
         except (TypeError, ValueError, KeyError, AttributeError) as error:

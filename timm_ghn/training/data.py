@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -85,6 +86,17 @@ class ImageDataset:
         shift = torch.tensor(self.mean, device=images.device).view(3, 1, 1) * 255
         return (images.float() - shift) / scale, self.labels[rows]
 
+    def of_classes(self, first: int, last: int) -> ImageDataset:
+        """The images of classes `first` to `last`, which are counted from 0 then."""
+        rows = ((self.labels >= first) & (self.labels <= last)).nonzero().flatten()
+        return replace(
+            self,
+            images=self.images[rows],
+            labels=self.labels[rows] - first,
+            num_classes=last - first + 1,
+            names=self.names and self.names[first : last + 1],
+        )
+
     def draw(self, batch_size: int, generator: torch.Generator) -> Tensor:
         """Rows drawn with replacement, on the data set's device; `generator` alone decides which."""
         rows = torch.randint(len(self), (batch_size,), generator=generator, device=generator.device)
@@ -150,7 +162,8 @@ def load_dataset(
 
     Args:
         source: A parquet file in the schema of the Hub's CIFAR-10 (an image column `img` or `image`, and `label`), a
-            folder of images that timm reads, "torch/cifar10" and the like, or "hfds/<repository>".
+            folder of images that timm reads, "torch/cifar10" and the like, or "hfds/<repository>". With "#20-29" behind
+            it, only these classes, which are counted from 0 then.
         split: "train" (the source's training images without the held-out ones), "val" (the held-out ones), "all"
             (both), or "test" (the source's own test images; a parquet file has none).
         holdout: How many training images to hold out: the last rows, or evenly spaced ones where rows are grouped by
@@ -165,6 +178,18 @@ def load_dataset(
     """
     if split not in ("train", "val", "all", "test"):
         raise DatasetError(f"Unknown split {split!r}; choose from train, val, all, test.")
+    if found := re.fullmatch(r"(.+)#(\d+)-(\d+)", source):
+        whole = load_dataset(
+            found[1], split, holdout=holdout, image_size=image_size, num_classes=num_classes, root=root,
+            download=download,
+        )  # fmt: skip
+        first, last = int(found[2]), int(found[3])
+        if not first <= last < whole.num_classes:
+            raise DatasetError(
+                f"{source} asks for classes {first} to {last}, but there are 0 to {whole.num_classes - 1}; correct the "
+                "numbers behind #."
+            )
+        return whole.of_classes(first, last)
     if source.endswith(".parquet"):
         if split == "test":
             raise DatasetError(f"{source} is a single parquet file without a test split; choose train, val or all.")

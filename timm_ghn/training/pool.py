@@ -126,6 +126,7 @@ class TaskPool:
         device: Where the tasks' fixed values go.
         workers: Worker processes; 0 prepares in this process.
         untie: Whether the GHN reads untied graphs (`GHNConfig.split_attention`).
+        headless: Whether the networks have no classifier.
     """
 
     def __init__(
@@ -138,8 +139,9 @@ class TaskPool:
         device: torch.device,
         workers: int,
         untie: bool = False,
+        headless: bool = False,
     ):
-        self.schedule, self.lanes, self.first_step = schedule, lanes, first_step
+        self.schedule, self.lanes, self.first_step, self.headless = schedule, lanes, first_step, headless
         self.num_classes, self.image_size, self.device = num_classes, image_size, device
         self._tasks: dict[tuple[int, int], Task] = {}
         loader = DataLoader(
@@ -176,7 +178,7 @@ class TaskPool:
             wanted = lane, self.schedule.number(lane, step)
             while wanted not in self._tasks:
                 key, prepared = next(self._prepared)
-                self._tasks[key] = Task(prepared, self.num_classes, self.image_size, self.device)
+                self._tasks[key] = Task(prepared, self.num_classes, self.image_size, self.device, self.headless)
             tasks.append(self._tasks[wanted])
             if self.schedule.last_step(*wanted) <= step:
                 del self._tasks[wanted]

@@ -59,7 +59,8 @@ def prepare(architecture: Architecture, num_classes: int, image_size: int) -> Pr
 class Task:
     """A network without parameters of its own: the module lives on the meta device, its values come with every call.
 
-    Batch norms use the statistics of their batch, so that there is nothing to keep between calls.
+    Batch norms use the statistics of their batch, so that there is nothing to keep between calls. Without its head, it
+    gives what would enter the classifier.
 
     Attributes:
         architecture: The network's description.
@@ -67,7 +68,14 @@ class Task:
         shapes: Names and shapes of the network's parameters.
     """
 
-    def __init__(self, prepared: Prepared, num_classes: int, image_size: int, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        prepared: Prepared,
+        num_classes: int,
+        image_size: int,
+        device: torch.device | str = "cpu",
+        headless: bool = False,
+    ):
         self.architecture = prepared.architecture
         self.graph = prepared.graph
         self.device = torch.device(device)
@@ -82,6 +90,9 @@ class Task:
         for child in self.module.modules():
             if isinstance(child, nn.Conv2d) and child.in_channels < 8 and _skips_positions(child):
                 _subsample_first(child)
+        if headless:
+            for name in {name.rpartition(".")[0] for name in self.graph.head}:
+                self.module.set_submodule(name, nn.Identity())
         self.shapes = {name: parameter.shape for name, parameter in self.module.named_parameters()}
 
         self._has_exceptions = "msa" in self.graph.ops or any(
@@ -95,8 +106,14 @@ class Task:
         whole = fold if self.device.type == "cpu" else tile
         return {name: whole(tiles[name], shape) for name, shape in self.shapes.items() if name in tiles}
 
-    def logits(self, parameters: Mapping[str, Tensor], images: Tensor, bf16: bool = False) -> Tensor:
-        """float32 [n, classes] of the network with these parameters, for float32 images [n, 3, size, size]."""
+    def output(self, parameters: Mapping[str, Tensor], images: Tensor, bf16: bool = False) -> Tensor:
+        """Logits or features of the network with these parameters, float32 [n, ·].
+
+        Args:
+            parameters: By name.
+            images: float32 [n, 3, size, size].
+            bf16: Compute under bfloat16 autocast.
+        """
         # Convolutions of this layout are faster on both devices, and it passes from layer to layer.
         images = images.contiguous(memory_format=torch.channels_last)
         device = images.device.type

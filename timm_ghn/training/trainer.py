@@ -7,17 +7,17 @@ import copy
 import dataclasses
 import logging
 import math
+import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
@@ -26,21 +26,21 @@ from timm_ghn.hypernet import GHN, GHNConfig
 from timm_ghn.training.checkpoint import TrainingError, export, has_checkpoint, load_checkpoint, save_checkpoint
 from timm_ghn.training.config import TrainConfig
 from timm_ghn.training.data import ImageDataset
+from timm_ghn.training.objectives import OBJECTIVES, VAL_BATCH
 from timm_ghn.training.optimizers import new_optimizer, optimizer_tensors, restore_optimizer
 from timm_ghn.training.pool import Schedule, TaskPool, draw_architecture
 from timm_ghn.training.records import FAMILY_COLUMNS, Log, model_card, plot_curves
 from timm_ghn.training.task import Task, prepare
-from timm_ghn.training.teacher import distillation, fingerprint
 
 logger = logging.getLogger("timm_ghn.training")
 
-_VAL_BATCH = 250
 _SKIP_WINDOW = 1000
 _FINAL_LR = 0.01  # of the peak, where the cosine ends
 _ROW_EVERY = 100  # steps, in the log
 _AVERAGED = ("loss", "accuracy", "gradient_norm", "learning_rate")
 _STATE = ("step", "first_step", "progress", "seconds", "skipped", "best")  # of a trainer, beside its tensors
 _SUMS = 5
+_HEAD = re.compile(r"bias_class\.|decoder\.class_layer_predictor\.")
 
 
 def new_ghn(config: GHNConfig, seed: int) -> GHN:
@@ -73,8 +73,8 @@ class Trainer:
 
     Args:
         config: What to compute.
-        train: Images to train on.
-        val: Images to validate on.
+        train: Images to train on; several data sets of them where the config's `head` takes more than one.
+        val: Images to validate on, likewise.
         directory: The run's directory.
         device: Where to compute; `train` and `val` are moved there.
         workers: Processes that prepare architectures; 0 for none.
@@ -90,8 +90,8 @@ class Trainer:
     def __init__(
         self,
         config: TrainConfig,
-        train: ImageDataset,
-        val: ImageDataset,
+        train: ImageDataset | Sequence[ImageDataset],
+        val: ImageDataset | Sequence[ImageDataset],
         directory: Path,
         *,
         device: torch.device | str = "cpu",
@@ -111,21 +111,16 @@ class Trainer:
             )
         lanes = config.meta_batch // self.world
         self.lanes = range(self.rank * lanes, (self.rank + 1) * lanes)
-        _check_data(config, train, val)
-        self.train, self.val = train.to(self.device), val.to(self.device)
-        if (teacher is None) != (config.teacher == 0):
-            raise TrainingError(
-                f"A teacher's share of the loss is {config.teacher:g}, but {'no' if teacher is None else 'its'} "
-                "labels are given; give both or neither."
-            )
-        self.teacher = None if teacher is None else teacher.to(self.device)
+        sets = [(data,) if isinstance(data, ImageDataset) else tuple(data) for data in (train, val)]
+        _check_data(*sets)
+        self.objective = OBJECTIVES[config.head](config, *sets, self.device, teacher)
 
         self.ghn = new_ghn(config.ghn, config.seed)
         if init is not None:
-            self.ghn.load_state_dict(_starting_weights(init, config.ghn))
+            self.ghn.load_state_dict(_starting_weights(init, self.ghn))
         self.ghn.to(self.device).train()
         self.ema = copy.deepcopy(self.ghn).requires_grad_(False).eval()
-        self.ema.config = dataclasses.replace(config.ghn, images=self.train.described())
+        self.ema.config = dataclasses.replace(config.ghn, images=self.objective.described())
         # Gradients are views of one tensor, with sums behind them that travel along: loss, correct predictions,
         # networks left out, the clock, and whether somebody wants to stop. One call then averages over processes, and
         # one reads it all.
@@ -185,19 +180,21 @@ class Trainer:
         sums = self.gradient[-_SUMS:]
         predicted: list[Tensor] = []
         gradients: list[Tensor] = []
-        for lane, task, tiles in zip(self.lanes, tasks, self.ghn([task.graph for task in tasks]), strict=True):
+        batches, states = [], []
+        for lane, task in zip(self.lanes, tasks, strict=True):
+            generator = self._generator(lane)
+            batches.append(self.objective.draw(generator, self._image_size(task, generator)))
+            states.append(generator.get_state())
+        predictions = self.ghn(
+            [task.graph for task in tasks], self.objective.predict_head, [batch.sketch for batch in batches]
+        )
+        for task, batch, state, tiles in zip(tasks, batches, states, predictions, strict=True):
+            generator.set_state(state)  # for what networks draw themselves
             # Each network's backward pass ends at what was predicted for it, so that only one network's activations
             # are in memory at a time. One pass through the GHN then takes all of them further.
             leaves = {name: tile.detach().requires_grad_() for name, tile in tiles.items() if name in task.shapes}
-            generator = self._generator(lane)
-            rows = self.train.draw(config.batch_size, generator)
-            images, labels = self.train.batch(rows, generator)
-            images = self._resized(images, task, generator)
             parameters = task.parameters(leaves)
-            logits = task.logits(parameters, images, config.bf16)
-            loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
-            if self.teacher is not None:
-                loss = torch.lerp(loss, distillation(logits, self.teacher[rows], config.temperature), config.teacher)
+            loss, right = self.objective.loss(task.output(parameters, batch.images, config.bf16), batch)
             if config.penalty:
                 loss = loss + config.penalty * torch.stack(torch._foreach_norm(list(parameters.values()))).sum()
             loss.backward()
@@ -213,7 +210,7 @@ class Trainer:
             predicted += [tiles[name] for name in trained]
             gradients += torch._foreach_mul(list(trained.values()), scale)
             sums[0] += loss.detach() / config.meta_batch
-            sums[1] += (logits.argmax(1) == labels).sum()
+            sums[1] += right / config.meta_batch
         if predicted:
             torch.autograd.backward(predicted, gradients)
         sums[3] = clock if self.rank == 0 else 0.0
@@ -222,7 +219,7 @@ class Trainer:
             dist.all_reduce(self.gradient)
 
         gradient = self.gradient[:-_SUMS]
-        norm, total_loss, correct, left_out, clock, stop = torch.cat((gradient.norm()[None], sums)).tolist()
+        norm, total_loss, right, left_out, clock, stop = torch.cat((gradient.norm()[None], sums)).tolist()
         if left_out or not math.isfinite(norm):
             self._count_skipped(int(left_out) or config.meta_batch)
         if math.isfinite(norm) and left_out < config.meta_batch:
@@ -235,9 +232,8 @@ class Trainer:
         self.step += 1
         if config.steps is not None:
             self.progress = (self.step - self.first_step) / (config.steps - self.first_step)
-        accuracy = 100 * correct / (config.meta_batch * config.batch_size)
         return {
-            "loss": total_loss, "accuracy": accuracy, "gradient_norm": norm, "learning_rate": lr, "clock": clock,
+            "loss": total_loss, "accuracy": 100 * right, "gradient_norm": norm, "learning_rate": lr, "clock": clock,
             "stop": stop,
         }  # fmt: skip
 
@@ -252,15 +248,12 @@ class Trainer:
             return torch.cuda.default_generators[self.device.index or 0]
         return torch.default_generator
 
-    def _resized(self, images: Tensor, task: Task, generator: torch.Generator) -> Tensor:
-        """The images at a size drawn for this network and step."""
+    def _image_size(self, task: Task, generator: torch.Generator) -> int:
+        """The size of the images of this network and step."""
         if not self.config.image_sizes or task.architecture.fixed_size:
-            return images
+            return self.objective.image_size
         drawn = torch.randint(len(self.config.image_sizes), (), generator=generator, device=generator.device)
-        size = self.config.image_sizes[int(drawn)]
-        if size == images.shape[-1]:
-            return images
-        return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True)
+        return self.config.image_sizes[int(drawn)]
 
     def _count_skipped(self, networks: int) -> None:
         self.skipped = [step for step in (*self.skipped, *[self.step] * networks) if step > self.step - _SKIP_WINDOW]
@@ -299,9 +292,10 @@ class Trainer:
                 f"All {self.step} steps of the run in {self.directory} are done; start another from its weights."
             )
         schedule = Schedule(config.architectures, config.seed, config.meta_batch, config.uses, config.spacing)
-        classes, size = config.ghn.num_classes, self.train.image_size
-        untie = config.ghn.split_attention
-        pool = TaskPool(schedule, self.lanes, self.step, classes, size, self.device, self.workers, untie)
+        pool = TaskPool(
+            schedule, self.lanes, self.step, config.ghn.num_classes, self.objective.image_size, self.device,
+            self.workers, untie=config.ghn.split_attention, headless=not self.objective.predict_head,
+        )  # fmt: skip
         self._stop = False
         started, earlier = time.monotonic(), self.seconds
         first_step, first_progress = self.step, self.progress
@@ -346,13 +340,16 @@ class Trainer:
         """Top-1 in percent of what the averaged weights predict, for each of the validation architectures."""
         accuracies = torch.zeros(self.config.val_architectures, device=self.device)
         for index, task in self._val_tasks.items():
-            parameters = task.parameters(self.ema([task.graph])[0])
-            for rows in self._val_rows.split(_VAL_BATCH):
-                images, labels = self.val.batch(rows)
-                accuracies[index] += (task.logits(parameters, images, self.config.bf16).argmax(1) == labels).sum()
+
+            def network(sketch: Tensor | None, task: Task = task) -> Callable[[Tensor], Tensor]:
+                tiles = self.ema([task.graph], self.objective.predict_head, [sketch])[0]
+                parameters = task.parameters(tiles)
+                return lambda images: task.output(parameters, images, self.config.bf16)
+
+            accuracies[index] = self.objective.accuracy(network)
         if self.world > 1:
             dist.all_reduce(accuracies)
-        return accuracies * (100 / len(self._val_rows))
+        return accuracies
 
     def _family_rows(self, accuracies: Tensor) -> Iterator[dict[str, float | str]]:
         """For each family, its validation, and this process's gradients' norms since the last one."""
@@ -369,9 +366,8 @@ class Trainer:
             yield row
 
     def _prepare_validation(self) -> None:
-        config, size = self.config, self.train.image_size
-        order = torch.randperm(len(self.val), generator=torch.Generator().manual_seed(0))
-        self._val_rows = order[: config.val_images].to(self.device)
+        config, size = self.config, self.objective.image_size
+        headless = not self.objective.predict_head
         self._val_tasks = {}
         try:
             for share in config.architectures:
@@ -382,7 +378,7 @@ class Trainer:
             self._val_families = [found.family for found in drawn]
             for index in range(self.rank, config.val_architectures, self.world):
                 prepared = prepare(drawn[index], config.ghn.num_classes, size)
-                self._val_tasks[index] = Task(prepared, config.ghn.num_classes, size, self.device)
+                self._val_tasks[index] = Task(prepared, config.ghn.num_classes, size, self.device, headless)
         except ValueError as error:
             raise TrainingError(f"The mixture of architectures cannot be drawn from: {error}") from error
 
@@ -405,7 +401,7 @@ class Trainer:
         }
         state = {
             "config": self.config.to_dict(),
-            "data": fingerprint(self.train),
+            "data": self.objective.facts(),
             **{name: getattr(self, name) for name in _STATE},
         }
         save_checkpoint(self.directory / "checkpoints", self.step, tensors, state)
@@ -423,7 +419,7 @@ class Trainer:
                         f"The run in {self.directory} has {name} = {saved[name]}, not {config[name]}; resume it under "
                         "its own config, or start another run from its weights."
                     )
-            if state["data"] != fingerprint(self.train):
+            if state["data"] != self.objective.facts():
                 raise TrainingError(f"The run in {self.directory} trained on other images; give it the same data.")
             self.ghn.load_state_dict(tensors["ghn"])
             self.ema.load_state_dict(tensors["ema"])
@@ -438,14 +434,14 @@ class Trainer:
     def _card(self) -> str:
         facts = {
             "classes": self.config.ghn.num_classes,
-            "images": len(self.train),
-            "size": self.train.image_size,
+            "images": sum(facts["images"] for facts in self.objective.facts()),
+            "size": self.objective.image_size,
             "steps": self.step,
             "architecture_steps": self.step * self.config.meta_batch,
             "minutes": self.seconds / 60,
             "processes": f"{self.world} × {self.device.type.upper()}",
             "validation": "mean {val_mean:.2f} %, {val_min:.2f} to {val_max:.2f} %".format(**self.best),
-            "val_batch": _VAL_BATCH,
+            "val_batch": VAL_BATCH,
         }
         return model_card(self.config.to_dict(), facts)
 
@@ -477,26 +473,28 @@ class Trainer:
             yield show
 
 
-def _starting_weights(init: GHN, config: GHNConfig) -> dict[str, Tensor]:
-    """A GHN's tensors for one of another config, if they fit it; with split attention, operands start out as equals."""
-    tensors = init.state_dict()
-    shapes = GHN.parameter_shapes(config)
+def _starting_weights(init: GHN, fresh: GHN) -> dict[str, Tensor]:
+    """A GHN's tensors for a fresh one of another config, if they fit it.
+
+    With split attention, operands start out as equals; what tasks change starts at nothing; a head may be left out.
+    """
+    tensors, own, config = init.state_dict(), fresh.state_dict(), fresh.config
     if config.split_attention and not init.config.split_attention:
-        tensors["operand_embed.weight"] = torch.zeros(shapes["operand_embed.weight"])
-    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != shapes:
+        tensors["operand_embed.weight"] = torch.zeros_like(own["operand_embed.weight"])
+    if config.conditioned and not init.config.conditioned:
+        tensors |= {name: tensor for name, tensor in own.items() if name.startswith("modulation.")}
+    if init.config.predicts_head and not config.predicts_head:
+        tensors = {name: tensor for name, tensor in tensors.items() if not _HEAD.match(name)}
+    if {name: tensor.shape for name, tensor in tensors.items()} != {n: tensor.shape for n, tensor in own.items()}:
         differing = [name for name, value in init.config.to_dict().items() if config.to_dict().get(name) != value]
         raise TrainingError(f"The weights to start from are another GHN's: it differs in {', '.join(differing)}.")
     return tensors
 
 
-def _check_data(config: TrainConfig, train: ImageDataset, val: ImageDataset) -> None:
-    for name, data in (("training", train), ("validation", val)):
+def _check_data(train: Sequence[ImageDataset], val: Sequence[ImageDataset]) -> None:
+    for name, data in (*(("training", data) for data in train), *(("validation", data) for data in val)):
         if len(data) == 0:
             raise TrainingError(f"There are no {name} images; give a data set with at least one.")
-        if data.num_classes != config.ghn.num_classes:
-            raise TrainingError(
-                f"The {name} images have {data.num_classes} classes, the GHN {config.ghn.num_classes}; make them equal."
-            )
         low, high = data.labels.aminmax()
         if low < 0 or high >= data.num_classes:
             raise TrainingError(

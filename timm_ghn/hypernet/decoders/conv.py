@@ -42,14 +42,15 @@ class ConvDecoder(Decoder):
         self.conv = nn.Sequential(
             _pointwise(4 * hid, 8 * hid, self.centred), nn.ReLU(), _pointwise(8 * hid, out * into, self.centred)
         )
-        self.class_layer_predictor = nn.Sequential(nn.ReLU(), _pointwise(out, config.num_classes, self.centred))
-
-    def output_layers(self) -> list[nn.Module]:
-        return [self.conv[-1], self.class_layer_predictor[-1]]
+        if config.predicts_head:
+            self.class_layer_predictor = nn.Sequential(nn.ReLU(), _pointwise(out, config.num_classes, self.centred))
 
     def _window(self, size: int, limit: int) -> slice:
         start = max(0, limit // 2 - size // 2) if self.centred else 0
         return slice(start, start + min(size, limit))
+
+    def output_layers(self) -> list[nn.Module]:
+        return [self.conv[-1], *([self.class_layer_predictor[-1]] if hasattr(self, "class_layer_predictor") else [])]
 
     def forward(self, states: Sequence[torch.Tensor], shapes: Sequence[Shape4d]) -> list[torch.Tensor]:
         """States, an [n, d] for each of the shapes, to kernels [n, out, in, h, w] of their `decoded_shape`."""

@@ -37,10 +37,11 @@ class MLPDecoder(Decoder):
         super().__init__(config)
         out, into, height, width = config.max_shape
         self.mlp = MLP(config.hid, 2 * config.hid, out * into * height * width)
-        self.class_layer_predictor = nn.Sequential(nn.ReLU(), nn.Linear(2 * config.hid, config.num_classes * out))
+        if config.predicts_head:
+            self.class_layer_predictor = nn.Sequential(nn.ReLU(), nn.Linear(2 * config.hid, config.num_classes * out))
 
     def output_layers(self) -> list[nn.Module]:
-        return [self.mlp.fc[-1], self.class_layer_predictor[-1]]
+        return [self.mlp.fc[-1], *([self.class_layer_predictor[-1]] if hasattr(self, "class_layer_predictor") else [])]
 
     def forward(self, states: Sequence[torch.Tensor], shapes: Sequence[Shape4d]) -> list[torch.Tensor]:
         """States, an [n, d] for each of the shapes, to kernels [n, out, in, h, w] of their `decoded_shape`."""
