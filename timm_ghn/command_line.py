@@ -194,16 +194,17 @@ def output_directory(text: str) -> Path:
     return directory
 
 
-def output_file(suffix: str) -> Callable[[str], Path]:
-    """The type of a file that can be written, whose name says what it is."""
+def output_file(*suffixes: str) -> Callable[[str], Path]:
+    """The type of a file that can be written, whose name says which of some kinds it is."""
 
     def parse(text: str) -> Path:
         with _writing_to(text):
             file = Path(text)
             if file.is_dir():
                 raise argparse.ArgumentTypeError(f"{text!r} is a directory; give the name of a file")
-            if file.suffix != suffix:
-                raise argparse.ArgumentTypeError(f"a {suffix} file is written; give it such a name, not {text!r}")
+            if file.suffix not in suffixes:
+                kinds = " or ".join(suffixes)
+                raise argparse.ArgumentTypeError(f"a {kinds} file is written; give it such a name, not {text!r}")
             output_directory(str(file.parent))
             if file.exists():
                 file.open("ab").close()
