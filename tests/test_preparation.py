@@ -128,8 +128,8 @@ def test_bounded_layers_without_a_norm_compute_the_same_at_another_scale() -> No
 
 def test_bounded_gains_of_standardised_convolutions() -> None:
     """Their own scale counts for nothing, and zeros, which switch a branch off, stay."""
-    fresh, plain, bounded = timm.create_model("eca_nfnet_l0"), *(predicted("eca_nfnet_l0", f) for f in (None, "bounded"))
-    torch.testing.assert_close(bounded.stages[1][0].downsample.conv.gain, fresh.stages[1][0].downsample.conv.gain / 2)
+    plain, bounded = (predicted("eca_nfnet_l0", finetune) for finetune in (None, "bounded"))
+    torch.testing.assert_close(bounded.stages[1][0].downsample.conv.gain, plain.stages[1][0].downsample.conv.gain / 2)
     assert torch.equal(bounded.stages[1][0].downsample.conv.weight, plain.stages[1][0].downsample.conv.weight)
     assert not bounded.stages[1][0].conv3.gain.any()
     assert outputs(plain).abs().max() > 1e4 > 1e3 > outputs(bounded).abs().max()

@@ -136,7 +136,7 @@ def inspect(
 
     Raises:
         CheckpointError: If the GHN cannot be loaded.
-        GHNError: If the network cannot be run on the images.
+        GHNError: If the network's output for the images is not one tensor.
         PredictionError, TraceError: As for `predict`.
         ValueError: If `images` are none.
     """
@@ -226,7 +226,8 @@ def _run(model: nn.Module, images: Tensor) -> tuple[list[InspectedActivation], T
             rows.append(_measured(name, type(module).__name__, output, dim[0] if output.ndim == 4 else -1))
 
     with contextlib.ExitStack() as stack:
-        calibrate(model, [images])
+        with contextlib.suppress(ValueError):  # statistics that are not finite; the layers tell where it begins
+            calibrate(model, [images])
         for name, module in _layers(model):
             hook = module.register_forward_hook(
                 lambda module, inputs, output, name=name: measure(name, module, inputs, output)
