@@ -66,7 +66,7 @@ MODELS = (
 FEW_MODELS = ("regnetx_002", "vit_tiny_patch16_224")
 """For the sections of few images and of transfer."""
 LONG_MODELS = ("mobilenetv3_small_050",)
-STARTS = ("random", "predicted", *PREPARATIONS, "later-orthogonal", "pretrained")
+STARTS = ("random", "predicted", "conditioned", "orthogonal", "later-orthogonal", "pretrained")
 SHOTS = 100
 MARKS = (0, 1, 10, 30, 100, 200, 300, 500, 700, 1000, 2000, 3000, 5000)
 BATCH = 32

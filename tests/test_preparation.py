@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import math
 from typing import Any
 
 import pytest
@@ -109,6 +110,51 @@ def test_the_orthogonal_factor_keeps_the_directions_of_the_prediction() -> None:
     certain = s > s[0] / 100
     factor = u.mT @ (after / after.norm(dim=1).mean()) @ v.mT
     torch.testing.assert_close(factor.diagonal()[certain], torch.ones(int(certain.sum())), rtol=0, atol=0.1)
+
+
+def outputs(model: nn.Module, size: int = 64) -> torch.Tensor:
+    images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model.eval()(images)
+
+
+def test_bounded_layers_without_a_norm_compute_the_same_at_another_scale() -> None:
+    def build(finetune: str | None) -> nn.Module:
+        model = timm.models.vgg.VGG([64, "M", 128, 128, 256, "M", 512, 512], num_classes=10, num_features=256)
+        timm_ghn.initialize(model, finetune=finetune, input_size=(3, 64, 64))
+        return model
+
+    plain, bounded = build(None), build("bounded")
+    copies = [1, 1, 2, 2, 4, 8, 8, 4, 4]  # of the input channels of each layer
+    scale = math.prod(copies) ** -0.5
+    torch.testing.assert_close(outputs(bounded), scale * outputs(plain), rtol=1e-3, atol=1e-5)
+    before, after = plain.features[7].weight, bounded.features[7].weight
+    torch.testing.assert_close(after, before / 2**0.5)
+
+
+def test_bounded_gains_of_standardised_convolutions() -> None:
+    """Their own scale counts for nothing, and zeros, which switch a branch off, stay."""
+    plain, bounded = (predicted("eca_nfnet_l0", finetune) for finetune in (None, "bounded"))
+    torch.testing.assert_close(bounded.stages[1][0].downsample.conv.gain, plain.stages[1][0].downsample.conv.gain / 2)
+    assert torch.equal(bounded.stages[1][0].downsample.conv.weight, plain.stages[1][0].downsample.conv.weight)
+    assert not bounded.stages[1][0].conv3.gain.any()
+    assert outputs(plain).abs().max() > 1e4 > 1e3 > outputs(bounded).abs().max()
+
+
+def test_bounded_branches_without_a_norm() -> None:
+    plain, bounded = (dict(predicted("davit_tiny", finetune).named_parameters()) for finetune in (None, "bounded"))
+    encodings = {name for name in plain if ".cpe" in name}
+    changed = {name for name in plain if not torch.equal(plain[name], bounded[name])}
+    assert changed and changed <= encodings and {name.rpartition(".")[2] for name in changed} == {"weight", "bias"}
+    branches = sum(name.endswith("weight") for name in changed)
+    for name in changed:
+        torch.testing.assert_close(bounded[name], plain[name] / branches)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "mobilenetv3_small_050"])
+def test_bounded_networks_with_norms_are_as_predicted(name: str) -> None:
+    plain, bounded = predicted(name, None).state_dict(), predicted(name, "bounded").state_dict()
+    assert all(torch.equal(plain[key], bounded[key]) for key in plain)
 
 
 @pytest.mark.parametrize("finetune", PREPARATIONS)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .checkpoints.load import load_ghn
     from .evaluation.adaptation import AdaptReport, adapt
     from .evaluation.calibration import calibrate
+    from .evaluation.drawing import draw_graph
+    from .evaluation.inspection import Inspection, inspect
     from .evaluation.ranking import rank
     from .graph import ComputationGraph, trace
     from .hypernet import GHN, GHNConfig, sketch
@@ -31,13 +33,16 @@ __all__ = [
     "ComputationGraph",
     "GHNConfig",
     "GHNError",
+    "Inspection",
     "Prediction",
     "PredictionError",
     "Report",
     "TraceError",
     "adapt",
     "calibrate",
+    "draw_graph",
     "initialize",
+    "inspect",
     "install",
     "list_ghns",
     "load_ghn",
@@ -56,11 +61,14 @@ _HOMES = {
     "GHN": "checkpoints.load",  # not from hypernet, since `from_pretrained` needs what loads
     "ComputationGraph": "graph",
     "GHNConfig": "hypernet",
+    "Inspection": "evaluation.inspection",
     "Prediction": "prediction",
     "Report": "prediction",
     "adapt": "evaluation.adaptation",
     "calibrate": "evaluation.calibration",
+    "draw_graph": "evaluation.drawing",
     "initialize": "predictor",
+    "inspect": "evaluation.inspection",
     "install": "plugin",
     "list_ghns": "checkpoints.catalog",
     "load_ghn": "checkpoints.load",

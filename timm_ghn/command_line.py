@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import json
 import math
 import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 from rich.table import Table
@@ -54,12 +55,32 @@ def print_table(table: Table) -> None:
     Console().print(table, crop=False)
 
 
+def print_json(result: Any) -> None:
+    """Prints a command's result as one JSON document; numbers that JSON does not have are null."""
+    sys.stdout.write(json.dumps(_for_json(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _for_json(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _for_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_for_json(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
 # --- arguments of several commands ------------------------------------------------------------------------------------
 
 
 def add_ghn_argument(parser: argparse.ArgumentParser) -> None:
     """What predicts."""
     parser.add_argument("--ghn", default="ghn2", help="tag, directory, .safetensors file or hf-hub:org/repo@revision")
+
+
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    """How the result is printed."""
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
@@ -198,16 +219,17 @@ def output_directory(text: str) -> Path:
     return directory
 
 
-def output_file(suffix: str) -> Callable[[str], Path]:
-    """The type of a file that can be written, whose name says what it is."""
+def output_file(*suffixes: str) -> Callable[[str], Path]:
+    """The type of a file that can be written, whose name says which of some kinds it is."""
 
     def parse(text: str) -> Path:
         with _writing_to(text):
             file = Path(text)
             if file.is_dir():
                 raise argparse.ArgumentTypeError(f"{text!r} is a directory; give the name of a file")
-            if file.suffix != suffix:
-                raise argparse.ArgumentTypeError(f"a {suffix} file is written; give it such a name, not {text!r}")
+            if file.suffix not in suffixes:
+                kinds = " or ".join(suffixes)
+                raise argparse.ArgumentTypeError(f"a {kinds} file is written; give it such a name, not {text!r}")
             output_directory(str(file.parent))
             if file.exists():
                 file.open("ab").close()

@@ -108,10 +108,11 @@ def make_plan(
         decoded_shape: What its decoder makes for a kernel of a shape.
         predict_head: Whether the classification layer is predicted, with the checkpoint's classes.
     """
-    graph, whole = graph.within(config.primitives), {}
+    whole = {}
     if config.split_attention:
-        whole = {name: operands for name, operands in graph.operands.items() if len(operands.parts) > 1}
-        graph = graph.untied
+        known = graph.within(config.primitives).operands
+        whole = {name: operands for name, operands in known.items() if len(operands.parts) > 1}
+    graph = as_read(graph, config)
     shapes = list(graph.shapes)
     targets = _constants(graph, config)
     for node, (name, role) in enumerate(zip(graph.names, _node_roles(graph), strict=True)):
@@ -138,6 +139,12 @@ def make_plan(
             gain = _gain(shape) if config.weight_norm else 1.0
             targets.append(Target(name, role, node, shape, layout_of(shape), decoded, gain))
     return Plan(graph, shapes, targets, whole)
+
+
+def as_read(graph: ComputationGraph, config: GHNConfig) -> ComputationGraph:
+    """The graph that a GHN reads where `trace` made this one: of its primitives, and with the nodes it tells apart."""
+    known = graph.within(config.primitives)
+    return known.untied if config.split_attention else known
 
 
 def roles(graph: ComputationGraph) -> dict[str, Role]:

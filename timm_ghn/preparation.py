@@ -2,20 +2,24 @@
 
 Predicted weights work at once, but only few directions of a layer's input get through them, and gradients come back
 through the same few: singular values fall off fast, and where a layer is wider than the largest kernel a GHN makes, its
-channels are copies of one another (arXiv 2207.10049 calls it a lack of diversity). Both preparations keep the singular
-vectors, which hold what the GHN knows, and change the singular values.
+channels are copies of one another (arXiv 2207.10049 calls it a lack of diversity). Two preparations keep the singular
+vectors, which hold what the GHN knows, and change the singular values. The third is for networks in which activations
+grow without bounds, because nothing normalises them: it changes the scale of weights only.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from . import derived
+from .graph import ComputationGraph
+from .graph.primitives import NORMS, WEIGHTS
 from .plan import Role, roles
 from .prediction import Prediction
 
@@ -40,6 +44,11 @@ def prepare(model: nn.Module, prediction: Prediction, name: str) -> Prediction:
     ``"orthogonal"``: W becomes U Vᵀ at He's scale, its nearest matrix with orthogonal rows (or columns). The function
     is lost, what the directions know is not.
 
+    ``"bounded"``: Networks with norms stay as they are, but for residual branches of nothing but weights, such as
+    convolutional position encodings: each of n is divided by n, since every one multiplies what it is added to. In a
+    network without any norm, a layer that reads n copies of its input channels, which add up, is divided by √n, and a
+    bias by all that is before it; with rectifiers and no branches, only the scale of the output is another.
+
     Args:
         model: What the prediction is for; only read.
         prediction: What was predicted for it.
@@ -48,22 +57,42 @@ def prepare(model: nn.Module, prediction: Prediction, name: str) -> Prediction:
     Returns:
         The prediction with the prepared weights in full instead of tiles.
     """
+    prediction = prediction.replaced(PREPARATIONS[name](model, prediction))
+    return prediction.replaced(*derived.solve(model, prediction))
+
+
+# ---- singular values ------------------------------------------------------------------------------------------------
+
+
+def _reshaped(
+    model: nn.Module,
+    prediction: Prediction,
+    singular_values: Callable[[Tensor], Tensor],
+    scale: Callable[[Tensor], float],
+) -> dict[str, Tensor]:
+    """Weights with other singular values.
+
+    Args:
+        model: What the prediction is for.
+        prediction: What was predicted for it.
+        singular_values: The new singular values [g, k] for those that were predicted.
+        scale: The root mean square of the new weight, for the weight that was predicted.
+    """
     groups = {
         f"{prefix}.{name}".removeprefix("."): module.groups
         for prefix, module in model.named_modules()
         if isinstance(module, nn.modules.conv._ConvNd)
         for name, _ in module.named_parameters()
     }
-    changed, preparation = {}, PREPARATIONS[name]
+    changed = {}
     for parameter, role in roles(prediction.graph).items():
         if role is Role.WEIGHT and parameter in prediction:
             weight = prediction[parameter]
             matrices = weight.reshape(groups.get(parameter, 1), -1, weight[0].numel())
-            shaped = _with_singular_values(matrices, preparation.singular_values)
-            shaped *= preparation.scale(weight) / _rms(shaped)
+            shaped = _with_singular_values(matrices, singular_values)
+            shaped *= scale(weight) / _rms(shaped)
             changed[parameter] = shaped.to(weight).contiguous().view_as(weight)
-    prediction = prediction.replaced(changed)
-    return prediction.replaced(*derived.solve(model, prediction))
+    return changed
 
 
 def _lifted(singular: Tensor) -> Tensor:
@@ -94,19 +123,69 @@ def _he(weight: Tensor) -> float:
     return math.sqrt(2 / weight[0].numel())
 
 
-class Preparation(NamedTuple):
-    """What becomes of a layer's weight.
+# ---- scales ---------------------------------------------------------------------------------------------------------
 
-    Attributes:
-        singular_values: The new singular values [g, k] for those that were predicted.
-        scale: The root mean square of the new weight, for the weight that was predicted.
+
+def _bounded(model: nn.Module, prediction: Prediction) -> dict[str, Tensor]:
+    """Weights, biases and gains of layers that nothing normalises, with other scales."""
+    graph, tiles = prediction.graph, prediction.tiles
+    factors: dict[str, float] = defaultdict(lambda: 1.0)
+    branches = branches_without_norm(graph)
+    for branch in branches:
+        for name in branch:
+            factors[name] /= len(branches)
+    gains: dict[str, Tensor] = {}
+    if NORMS.isdisjoint(graph.ops):
+        sources = _sources(graph)
+        so_far = [1.0] * len(graph)
+        for node, (op, name) in enumerate(zip(graph.ops, graph.names, strict=True)):
+            so_far[node] = max((so_far[source] for source in sources[node]), default=1.0)
+            if op == "bias":
+                factors[name] *= so_far[node]
+            elif op in WEIGHTS and name in tiles and tiles[name].ndim > 1:
+                factor = math.sqrt(tiles[name].shape[1] / prediction.shapes[name][1])
+                so_far[node] *= factor
+                module = model.get_submodule(name.rpartition(".")[0])
+                gain = getattr(module, "gain", None)
+                if isinstance(gain, nn.Parameter) and gain.numel() == prediction.shapes[name][0]:
+                    # The weight is standardised before it is used, so that its own scale counts for nothing.
+                    if derived.has_values(gain):
+                        gains[f"{name.rpartition('.')[0]}.gain"] = gain.detach() * factor
+                else:
+                    factors[name] *= factor
+    return {**gains, **{name: tiles[name] * factor for name, factor in factors.items() if name in tiles}}
+
+
+def branches_without_norm(graph: ComputationGraph) -> list[list[str]]:
+    """Residual branches of nothing but weights and biases, by the names of the last weight and of biases behind it.
+
+    Nothing normalises what they read, or what they are added to, before it is read by the next of them.
     """
+    sources, found = _sources(graph), []
+    for node, op in enumerate(graph.ops):
+        for end in sources[node] if op == "sum" else ():
+            names: list[str] = []
+            last: list[str] = []
+            while len(sources[end]) == 1 and graph.ops[end] in (*WEIGHTS, "bias"):
+                names.append(graph.names[end])
+                if graph.ops[end] in WEIGHTS:
+                    last = last or names.copy()
+                (end,) = sources[end]
+            if last and end in sources[node]:
+                found.append(last)
+    return found
 
-    singular_values: Callable[[Tensor], Tensor]
-    scale: Callable[[Tensor], float]
+
+def _sources(graph: ComputationGraph) -> list[list[int]]:
+    sources: list[list[int]] = [[] for _ in graph.ops]
+    for source, target in graph.edges[graph.edges[:, 2] == 1, :2].tolist():
+        sources[target].append(source)
+    return sources
 
 
-PREPARATIONS = {
-    "conditioned": Preparation(_lifted, _rms),
-    "orthogonal": Preparation(torch.ones_like, _he),
+PREPARATIONS: dict[str, Callable[[nn.Module, Prediction], dict[str, Tensor]]] = {
+    "conditioned": partial(_reshaped, singular_values=_lifted, scale=_rms),
+    "orthogonal": partial(_reshaped, singular_values=torch.ones_like, scale=_he),
+    "bounded": _bounded,
 }
+"""What `prepare` puts in place of what was predicted, by name; all else stays."""

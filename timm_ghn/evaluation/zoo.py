@@ -37,6 +37,7 @@ from ..tiling import tile
 from ..training.data import load_dataset
 from ..workers import process_pool
 from .calibration import calibrate
+from .inspection import judge
 
 Row = dict[str, Any]
 EXPECTED_FRACTION = 0.99
@@ -45,8 +46,6 @@ RUN_PARAMETERS = 1_500_000_000
 """Models with more are not run: their weights would not fit into common memory beside another worker's."""
 
 _OF_EACH = ("parameters", "nodes", "predicted_fraction", "output")
-_LEAST_DIFFERENCE = 0.01  # of two images' outputs, next to how much they vary over the classes
-_LARGEST_OUTPUT = 1e4
 _worker: tuple[GHN, Tensor | None]  # what a worker process examines with
 
 
@@ -109,7 +108,7 @@ def _run(name: str, ghn: GHN, images: Tensor) -> str:
     for bf16 in (True, False) if has_bf16(torch.device("cpu")) else (False,):
         try:
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
-                finding = _judge(_outputs(model, images))
+                finding = judge(_outputs(model, images))
         except Exception as error:  # whatever a model's code raises
             finding = f"{type(error).__name__}: {error}"
         if finding == "ok":
@@ -130,20 +129,6 @@ def _outputs(model: nn.Module, images: Tensor) -> Tensor:
             problem = problem or error
     assert problem is not None
     raise problem
-
-
-def _judge(outputs: Tensor) -> str:
-    if not outputs.isfinite().all():
-        return "not finite"
-    largest = outputs.abs().max().item()
-    outputs = outputs - outputs.mean(1, keepdim=True)
-    variation = torch.linalg.vector_norm(outputs, dim=1)
-    if variation.min() <= 1e-6 * largest * outputs.shape[1] ** 0.5:
-        return "constant over the classes"
-    difference = float(torch.linalg.vector_norm(outputs[0] - outputs[1]) / variation.max())
-    if difference < _LEAST_DIFFERENCE:
-        return f"almost the same for both images, a difference of {difference:.2%}"
-    return "ok" if largest < _LARGEST_OUTPUT else f"as large as {largest:.0e}"
 
 
 def sweep(
