@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .checkpoints.load import load_ghn
     from .evaluation.adaptation import AdaptReport, adapt
     from .evaluation.calibration import calibrate
+    from .evaluation.embedding import embed
     from .evaluation.ranking import rank
     from .graph import ComputationGraph, trace
     from .hypernet import GHN, GHNConfig
@@ -37,6 +38,7 @@ __all__ = [
     "TraceError",
     "adapt",
     "calibrate",
+    "embed",
     "initialize",
     "install",
     "list_ghns",
@@ -59,6 +61,7 @@ _HOMES = {
     "Report": "prediction",
     "adapt": "evaluation.adaptation",
     "calibrate": "evaluation.calibration",
+    "embed": "evaluation.embedding",
     "initialize": "predictor",
     "install": "plugin",
     "list_ghns": "checkpoints.catalog",
