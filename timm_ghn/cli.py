@@ -8,7 +8,6 @@ imported only when it is asked for, and imports torch only where it runs.
 from __future__ import annotations
 
 import argparse
-import ast
 import importlib
 import pkgutil
 import sys
@@ -87,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _first_line(module: str) -> str:
-    """Of a module's text, without importing the module."""
-    source = find_spec(module).loader.get_source(module)  # type: ignore[union-attr]
-    line = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+    """Of a module's text, without importing the module or, which takes as long as all the rest, parsing it."""
+    source: str = find_spec(module).loader.get_source(module)  # type: ignore[union-attr]
+    line = source.removeprefix('"""').partition("\n")[0].removesuffix('"""')
     return line[:1].lower() + line[1:].removesuffix(".")

@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Help(argparse.HelpFormatter):
-    """Help in which paragraphs are as wide as the terminal, and indented lines, which are examples, stay as they are."""
+    """Help whose paragraphs are as wide as the terminal; indented lines, which are examples, stay as they are."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         filled = super()._fill_text

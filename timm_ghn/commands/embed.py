@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
         print_json({**result, "embeddings": dict(zip(names, embeddings.tolist(), strict=True))})
         return
     console = Console()
-    for name, error in failed.items():
-        console.print(f"{name} is left out: {error}", highlight=False, markup=False)
+    for name, reason in failed.items():
+        console.print(f"{name} is left out: {reason}", highlight=False, markup=False)
     shape = " x ".join(map(str, embeddings.shape))
     console.print(f"{shape} embeddings by {args.ghn} in {args.output}", highlight=False, markup=False)

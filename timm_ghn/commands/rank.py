@@ -89,7 +89,8 @@ def run(args: argparse.Namespace) -> None:
         for row, _ in track(candidates, "measuring", len(names), console=progress):
             rows.append(row)
             write({**asdict(row), "top1": row.top1})
-            progress.print("{:<28}  {}  {}  {}  {} s".format(*_cells(row)), highlight=False, markup=False, soft_wrap=True)
+            line = "{:<28}  {}  {}  {}  {} s".format(*_cells(row))
+            progress.print(line, highlight=False, markup=False, soft_wrap=True)
     if not rows:
         raise GHNError(f"None of {len(names)} architectures is within the limits.")
     ranking = Ranking(rows, trust(args.ghn))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import logging
+import math
 import re
 import textwrap
 from collections import Counter
@@ -93,13 +94,16 @@ def plot_ranking(ranking: Ranking, picture: Path) -> None:
     costs, shares = [max(row.macs, 1) for row in front], [100 * (row.top1 or 0) for row in front]
     axes.plot(costs, shares, drawstyle="steps-post", color=_ACCENT, lw=1, alpha=0.6, zorder=1)
     axes.set(xscale="log", xlabel="multiply-accumulates of one image", ylabel="top-1 of predicted weights, %")
-    axes.margins(0.12)
+    axes.margins(0.05, 0.12)
+    left, right = axes.get_xlim()
+    axes.set_xlim(left * (left / right) ** 0.25, right)  # the cheapest one's name is to the left of it
     low, high = axes.get_ylim()
-    lowest = high
+    lowest = math.inf
     for row, cost, share in reversed(list(zip(front, costs, shares, strict=True))):
-        # Nothing is above and to the left of the front; of names that would cover each other the better one's is shown.
-        if lowest - share > 0.035 * (high - low) or row is front[-1]:
-            axes.annotate(row.name, (cost, share), (-5, 4), textcoords="offset points", ha="right", fontsize=9)
+        # Nothing is above and to the left of the front. Of names that would cover each other the better one's is there.
+        if lowest - share > 0.035 * (high - low):
+            place = {"xytext": (-5, 4), "textcoords": "offset points", "ha": "right"}
+            axes.annotate(row.name, (cost, share), fontsize=9, color=_INK, **place)
             lowest = share
     axes.set_title(textwrap.fill(str(ranking.trust), 110), fontsize=8, loc="left", color=_INK)
     _save(figure, picture, titles)
@@ -161,7 +165,7 @@ def _figure(size: tuple[float, float]) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, picture: Path, titles: Mapping[str, str]) -> None:
-    """Writes a picture; in an SVG, what has a title by its id shows it under the pointer, and colours have dark ones."""
+    """Writes a picture; an SVG shows an id's title under the pointer, and has other colours on a dark screen."""
     picture.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(picture) as part:
         if picture.suffix != ".svg":
