@@ -18,7 +18,7 @@ from typing import Any
 from . import commands
 from .command_line import EXIT_STATUS, Help, Parser, exit_status
 
-_SHELLS = ("bash", "zsh", "tcsh", "fish")
+_SHELLS = ("bash", "zsh", "fish")
 
 
 class _CommandParser(Parser):

@@ -23,7 +23,7 @@ from ..errors import GHNError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which architectures, what predicts them, and where the result goes."""
-    parser.add_argument("names", nargs="*", help="names or wildcards; all architectures if none is given")
+    parser.add_argument("patterns", nargs="*", help="names or wildcards of architectures; all if none is given")
     add_ghn_argument(parser)
     parser.add_argument("--workers", type=integer(1), default=1, help="processes to use (default: %(default)s)")
     parser.add_argument(
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> None:
 
     from ..evaluation import zoo
 
-    names = timm.list_models(args.names or "")
+    names = timm.list_models(args.patterns or "")
     found = zoo.sweep(names, args.ghn, args.output / "zoo.jsonl", args.workers, args.data)
     summary = zoo.summarize(track(found, "examining", len(names), console=Console(stderr=True)))
     (args.output / "zoo.json").write_text(json.dumps(summary, indent=1) + "\n")
