@@ -63,8 +63,8 @@ SHORTER = {
 }
 # What stands for a user's own, or is too much for a test.
 PLACEHOLDERS = {
-    "'resnet*'": "test_resnet", "NAME": "test_resnet", "DIR": "predicted", "SCRIPT": "script.py", "MODULE": "script", "…": "",
-    "--nproc-per-node 8": "--nproc-per-node 2",
+    "NAME": "test_resnet", "DIR": "predicted", "SCRIPT": "script.py", "MODULE": "script", "…": "",
+    "'resnet*'": "test_resnet", "--nproc-per-node 8": "--nproc-per-node 2",
 }  # fmt: skip
 # Makes torchvision take the data set below for the real one, in the processes that a command starts.
 SITE = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import importlib.util
 import json
 import math
 import re
@@ -308,3 +309,10 @@ def output_file(*suffixes: str) -> Callable[[str], Path]:
         return file
 
     return parse
+
+
+def picture_file(text: str) -> Path:
+    """A .svg or .png file that can be written, and drawn at all."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError('pictures are drawn by matplotlib: pip install "timm-ghn[plot]"')
+    return output_file(".svg", ".png")(text)

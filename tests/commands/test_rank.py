@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 
 from timm_ghn import demo
 from timm_ghn.cli import main
+from timm_ghn.commands import rank
 from timm_ghn.predictor import Predictor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,7 +35,7 @@ def test_rows_are_in_order_and_a_failure_is_one_of_them(tmp_path: Path, capsys: 
     assert result["head"] == "predict" and result["ghn"] == "ghn2"
     rows = {row["name"]: row for row in result["rows"]}
     assert list(rows)[-1] == NOT_FOR_32 and rows.keys() == {"test_vit", NOT_FOR_32, "resnet18", "test_resnet"}
-    assert rows[NOT_FOR_32]["top1"] is None and "assert H % self.block_size == 0" in rows[NOT_FOR_32]["error"]
+    assert rows[NOT_FOR_32]["top1"] is None and "H % self.block_size == 0" in rows[NOT_FOR_32]["error"]
     shares = [row["top1"] for row in result["rows"][:3]]
     assert shares == sorted(shares, reverse=True) and shares[0] > 0.4, "a tenth would be chance"
     assert rows["resnet18"]["macs"] == 37_016_576 and rows["resnet18"]["parameters"] == 11_181_642
@@ -104,6 +106,17 @@ def test_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixt
         main(arguments)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_drawn_costs_no_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("timm_ghn.command_line.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stopped:
+        parser = argparse.ArgumentParser()
+        rank.add_arguments(parser)
+        parser.parse_args(["test_resnet", "--plot", "a.svg"])
+    assert stopped.value.code == 2 and 'pip install "timm-ghn[plot]"' in capsys.readouterr().err
 
 
 def test_when_nothing_can_be_measured_the_command_has_failed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ from ..command_line import (
     add_json_argument,
     architecture_patterns,
     output_file,
+    picture_file,
     print_json,
 )
 from ..errors import GHNError
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where the vectors and names go (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--plot", type=output_file(".svg", ".png"), metavar="FILE",
+        "--plot", type=picture_file, metavar="FILE",
         help="draw the plane in which they vary most, coloured by family",
     )  # fmt: skip
     add_json_argument(parser)

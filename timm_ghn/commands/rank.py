@@ -29,6 +29,7 @@ from ..command_line import (
     integer,
     load_images,
     output_file,
+    picture_file,
     print_json,
     print_table,
 )
@@ -58,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", type=output_file(".csv", ".jsonl"), metavar="FILE", help="write all rows, as they come"
     )
     parser.add_argument(
-        "--plot", type=output_file(".svg", ".png"), metavar="FILE", help="draw accuracy over multiply-accumulates"
+        "--plot", type=picture_file, metavar="FILE", help="draw accuracy over multiply-accumulates"
     )
     add_json_argument(parser)
 

@@ -128,8 +128,9 @@ def failures_noted(result: Measured) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        text = str(error) or traceback.extract_tb(error.__traceback__)[-1].line  # an assert may say no more
-        result.error = f"{type(error).__name__}: {text}"
+        # Checks may say nothing; the last line outside torch then says what they checked.
+        lines = [frame.line for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
+        result.error = f"{type(error).__name__}: {str(error) or lines[-1]}"
         logger.warning("%s cannot be measured: %s", result.name, result.error)
 
 

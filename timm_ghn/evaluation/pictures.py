@@ -137,7 +137,7 @@ def plot_embeddings(
         axes.plot([], [], _SHAPES[rank // len(_HUES)], color=_HUES[rank % len(_HUES)], mec="none", label=family)
     if len(set(families)) > len(largest):
         axes.plot([], [], ".", color=_FAINT, mec="none", label=f"{len(set(families)) - len(largest)} other families")
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9, labelcolor=_INK)
     axes.set(
         xlabel=f"first principal component, {shares[0]:.0%} of the variance",
         ylabel=f"second, {shares[1]:.0%}",
