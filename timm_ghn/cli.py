@@ -19,6 +19,13 @@ from . import commands
 from .command_line import EXIT_STATUS, Help, Parser, exit_status
 
 _SHELLS = ("bash", "zsh", "fish")
+_EXAMPLES = """examples:
+
+    timm-ghn create resnet50 --num-classes 10 -o resnet50.safetensors
+    timm-ghn rank 'resnet*' --data torch/cifar10 --download --top 5
+    timm-ghn train --help
+
+"""
 
 
 class _CommandParser(Parser):
@@ -63,7 +70,10 @@ class _PrintCompletion(argparse.Action):
 
 def command_parser() -> argparse.ArgumentParser:
     """The parser of it all."""
-    parser = Parser(prog="timm-ghn", description="Predicted weights for timm models.", epilog=EXIT_STATUS)
+    parser = Parser(
+        prog="timm-ghn", description="Predicted weights for timm models.", epilog=_EXAMPLES + EXIT_STATUS,
+        formatter_class=Help,
+    )  # fmt: skip
     parser.add_argument(
         "--print-completion", choices=_SHELLS, action=_PrintCompletion, metavar="SHELL",
         help=f"print what makes a shell complete this command line: {', '.join(_SHELLS)}",

@@ -12,6 +12,7 @@ import timm
 from timm_ghn import demo
 from timm_ghn.cli import main
 from timm_ghn.evaluation.accuracy import accuracy
+from timm_ghn.hypernet import Images
 from timm_ghn.training.data import load_dataset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,7 +37,7 @@ def test_other_classes_are_for_adapt(
     ghn = save_ghn(tmp_path / "ghn.safetensors", num_classes=7)
     assert main(["calibrate", "test_resnet", *DATA, "--ghn", str(ghn)]) == 1
     assert "does not have the classes that" in capsys.readouterr().err
-    images = {"mean": [0.5] * 3, "std": [0.2] * 3, "input_size": [3, 32, 32], "label_names": list("abcdefghij")}
+    images = Images((0.5,) * 3, (0.2,) * 3, (3, 32, 32), label_names=tuple("abcdefghij"))
     ghn = save_ghn(tmp_path / "other.safetensors", images=images)
     assert main(["calibrate", "test_resnet", *DATA, "--ghn", str(ghn)]) == 1
     assert "does not have the classes that" in capsys.readouterr().err, "as many, but others"

@@ -127,8 +127,8 @@ def rank(
             are and go by the name of their class.
         batches: Images and labels. Norms take their statistics from them, and a head is fitted to them.
         ghn: A loaded GHN, or whatever `load_ghn` takes.
-        held_out: Images and labels to measure on. If None, these are `batches` themselves for predicted heads, and
-            every other image of each batch where a head is fitted, which is fitted to the rest.
+        held_out: Images and labels to measure on. If None, these are `batches` themselves for predicted heads; where
+            a head is fitted, that is to one half of each batch's images, and the other is measured on.
         num_classes: Of the images; the GHN's if None.
         head: "auto" takes the predicted one where `num_classes` is the GHN's and "ridge" elsewhere; "predict", "ridge"
             or "prototype" decide it, "ridge" for other classes that happen to be as many.
@@ -157,15 +157,23 @@ def rank(
     if head == "auto":
         head = "predict" if classes == hypernet.config.num_classes else "ridge"
     if held_out is None and head != "predict":
-        support, test = _every_other(support, 0), _every_other(support, 1)
+        support, test = _halves(support)
         if not test:
             raise ValueError("Each batch is a single image: no head can be fitted to one and measured on another.")
     found = measured(models, hypernet, support, test, classes, head, max_params, max_macs)
     return Ranking((row for row, _ in found), trust(ghn) if isinstance(ghn, str) else Trust("this GHN"))
 
 
-def _every_other(batches: list[tuple[Tensor, Tensor]], first: int) -> list[tuple[Tensor, Tensor]]:
-    return [(images[first::2], labels[first::2]) for images, labels in batches if len(labels) > first]
+def _halves(batches: list[tuple[Tensor, Tensor]]) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
+    """Two halves of each batch, drawn at random, since labels may be in any order, and the same each time."""
+    generator = torch.Generator().manual_seed(0)
+    halves: tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]] = [], []
+    for images, labels in batches:
+        parts = torch.randperm(len(labels), generator=generator).tensor_split(2)
+        for half, rows in zip(halves, parts, strict=True):
+            if len(rows):
+                half.append((images[rows.to(images.device)], labels[rows.to(labels.device)]))
+    return halves
 
 
 def measured(
