@@ -37,7 +37,7 @@ def test_other_classes_are_measured_on_images_that_no_head_was_fitted_to(stripes
     assert rank(["test_resnet"], meaningless, str(ghn_file), num_classes=4)[0].top1 < 0.5
     held_out = rank(["test_resnet"], stripes[:2], str(ghn_file), held_out=stripes[2:], head="ridge", num_classes=4)
     assert held_out[0].top1 > 0.6
-    with pytest.raises(ValueError, match="Label 3 is none of the 2 classes"):
+    with pytest.raises(ValueError, match="Label 2 is none of the 2 classes"):
         rank(["test_resnet"], stripes, str(ghn_file), num_classes=2)
     with pytest.raises(ValueError, match="Each batch is a single image"):
         rank(["test_resnet"], [(stripes[0][0][:1], stripes[0][1][:1])], str(ghn_file), head="ridge")
