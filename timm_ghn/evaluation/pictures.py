@@ -97,14 +97,14 @@ def plot_ranking(ranking: Ranking, picture: Path) -> None:
     axes.margins(0.05, 0.12)
     left, right = axes.get_xlim()
     axes.set_xlim(left * (left / right) ** 0.25, right)  # the cheapest one's name is to the left of it
-    low, high = axes.get_ylim()
-    lowest = math.inf
+    lowest, begins = math.inf, 1.0
     for row, cost, share in reversed(list(zip(front, costs, shares, strict=True))):
         # Nothing is above and to the left of the front. Of names that would cover each other the better one's is there.
-        if lowest - share > 0.035 * (high - low):
+        across, up = axes.transAxes.inverted().transform(axes.transData.transform((cost, share)))
+        if lowest - up > 0.035 or across < begins:
             place = {"xytext": (-5, 4), "textcoords": "offset points", "ha": "right"}
             axes.annotate(row.name, (cost, share), fontsize=9, color=_INK, **place)
-            lowest = share
+            lowest, begins = up, across - 0.01 * len(row.name)  # of the axes' width, for each letter
     axes.set_title(textwrap.fill(str(ranking.trust), 110), fontsize=8, loc="left", color=_INK)
     _save(figure, picture, titles)
 
