@@ -8,7 +8,7 @@ CIFAR10 ?= $(wildcard ../shared/data/cifar10-train.parquet)
 .PHONY: demo test zoo clean
 
 demo: $(VENV)/.installed
-	$(BIN)/timm-ghn demo --picture build/demo.png $(if $(CIFAR10),--cifar10 $(CIFAR10))
+	$(BIN)/timm-ghn demo --output build/demo.png $(if $(CIFAR10),--data $(CIFAR10))
 
 test: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -60,6 +60,15 @@ def test_holdout_covers_every_class_of_sorted_rows(tmp_path: Path) -> None:
     assert sorted(together.tolist()) == list(range(12))
 
 
+def test_the_first_images_are_of_every_class() -> None:
+    labels = torch.arange(30) // 10
+    grouped = ImageDataset(torch.zeros(30, 3, 8, 8, dtype=torch.uint8), labels, 3)
+    assert grouped.first(6).labels.tolist() == [0, 0, 1, 1, 2, 2]
+    mixed = ImageDataset(grouped.images, labels.roll(1), 3)
+    assert mixed.first(6).labels.tolist() == [2, 0, 0, 0, 0, 0], "which are in no order: the first ones"
+    assert mixed.first(None) is mixed and mixed.first(99) is mixed
+
+
 def test_named_classes_and_an_override(tmp_path: Path) -> None:
     source = write(tmp_path / "data.parquet", [encode(1)] * 3, [0, 1, 1], names=7)
     assert load_dataset(source, "all").num_classes == 7

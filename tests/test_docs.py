@@ -56,14 +56,16 @@ SHORTER = {
     "timm-ghn evaluate": "--images 20 --holdout 100 --architectures 1 --device cpu",
     "timm-ghn zoo": "test_resnet",
     "timm-ghn inspect": "--holdout 100 --image-size 64 --images 4",
-    "timm-ghn adapt": "--candidates test_resnet --images 50 --holdout 20 --device cpu",
+    "timm-ghn adapt": "--candidates test_resnet --support 50 --holdout 20 --device cpu",
+    "timm-ghn calibrate": "--support 50 --holdout 20 --device cpu",
+    "timm-ghn rank": "test_resnet --max-params 1M --support 50 --holdout 20 --device cpu",
     "python benchmarks/random_vs_ghn.py": "--models test_resnet --starts random predicted --rates 0.01 --seeds 1 "
     "--steps 5 --holdout 100 --images 20 --sections full transfer --device cpu --out report",
 }
 # What stands for a user's own, or is too much for a test.
 PLACEHOLDERS = {
     "NAME": "test_resnet", "DIR": "predicted", "SCRIPT": "script.py", "MODULE": "script", "…": "",
-    "--nproc-per-node 8": "--nproc-per-node 1",
+    "'resnet*'": "test_resnet", "--nproc-per-node 8": "--nproc-per-node 1",
 }  # fmt: skip
 # Makes torchvision take the data set below for the real one, in the processes that a command starts.
 SITE = """

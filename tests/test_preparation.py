@@ -115,12 +115,15 @@ def test_the_orthogonal_factor_keeps_the_directions_of_the_prediction() -> None:
 def outputs(model: nn.Module, size: int = 64) -> torch.Tensor:
     images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        return model.eval()(images)
+        logits: torch.Tensor = model.eval()(images)
+    return logits
 
 
 def test_bounded_layers_without_a_norm_compute_the_same_at_another_scale() -> None:
     def build(finetune: str | None) -> nn.Module:
-        model = timm.models.vgg.VGG([64, "M", 128, 128, 256, "M", 512, 512], num_classes=10, num_features=256)
+        model: nn.Module = timm.models.vgg.VGG(
+            [64, "M", 128, 128, 256, "M", 512, 512], num_classes=10, num_features=256
+        )
         timm_ghn.initialize(model, finetune=finetune, input_size=(3, 64, 64))
         return model
 
@@ -128,7 +131,7 @@ def test_bounded_layers_without_a_norm_compute_the_same_at_another_scale() -> No
     copies = [1, 1, 2, 2, 4, 8, 8, 4, 4]  # of the input channels of each layer
     scale = math.prod(copies) ** -0.5
     torch.testing.assert_close(outputs(bounded), scale * outputs(plain), rtol=1e-3, atol=1e-5)
-    before, after = plain.features[7].weight, bounded.features[7].weight
+    before, after = (model.get_parameter("features.7.weight") for model in (plain, bounded))
     torch.testing.assert_close(after, before / 2**0.5)
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .evaluation.adaptation import AdaptReport, adapt
     from .evaluation.calibration import calibrate
     from .evaluation.drawing import draw_graph
+    from .evaluation.embedding import embed
     from .evaluation.inspection import Inspection, inspect
     from .evaluation.ranking import rank
     from .graph import ComputationGraph, trace
@@ -41,6 +42,7 @@ __all__ = [
     "adapt",
     "calibrate",
     "draw_graph",
+    "embed",
     "initialize",
     "inspect",
     "install",
@@ -67,6 +69,7 @@ _HOMES = {
     "adapt": "evaluation.adaptation",
     "calibrate": "evaluation.calibration",
     "draw_graph": "evaluation.drawing",
+    "embed": "evaluation.embedding",
     "initialize": "predictor",
     "inspect": "evaluation.inspection",
     "install": "plugin",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import importlib.util
 import json
 import math
 import re
@@ -14,13 +15,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from rich.console import Console
-from rich.table import Table
 from safetensors import SafetensorError
 
 from .errors import GHNError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
+    from .prediction import Report
     from .training.data import ImageDataset
 
 EXIT_STATUS = "Exit status: 0 done; 1 failed, for the reason given; 2 wrong arguments; 130 interrupted by Ctrl-C."
@@ -32,6 +34,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (all options: {self.prog} --help)\n")
+
+
+class Help(argparse.HelpFormatter):
+    """Help whose paragraphs are as wide as the terminal; indented lines, which are examples, stay as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        filled = super()._fill_text
+        parts = text.rstrip().split("\n\n")
+        return "\n\n".join(part if part.startswith("  ") else filled(part, width, indent) for part in parts)
 
 
 def exit_status(program: str, command: Callable[[], object]) -> int:
@@ -49,6 +60,8 @@ def exit_status(program: str, command: Callable[[], object]) -> int:
 
 def print_table(table: Table) -> None:
     """Prints a table in which no word is cut, however narrow the terminal, or the 80 columns that a file counts as."""
+    from rich.console import Console
+
     for column in table.columns:
         words = " ".join(map(str, (column.header, *column.cells))).split()
         column.min_width = max(map(len, words), default=0)
@@ -70,12 +83,38 @@ def _for_json(value: Any) -> Any:
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
+def print_report(args: argparse.Namespace, report: Report, files: list[Path]) -> None:
+    """What was predicted of ``args.name`` by ``args.ghn``, and the files it is in; as JSON if that is asked for."""
+    if args.json:
+        found = {"architecture": args.name, "ghn": args.ghn, "predicted_fraction": report.predicted_fraction}
+        lists = {"predicted": report.predicted, "kept": report.kept, "seconds": report.seconds}
+        print_json({**found, **lists, "files": {str(file): file.stat().st_size for file in files}})
+        return
+    from rich.console import Console
+
+    console = Console()
+    console.print(f"{args.name} by {args.ghn}", style="bold")
+    console.print(str(report), highlight=False, markup=False)
+    for file in files:
+        console.print(f"{file.stat().st_size:>15,} bytes  {file}", highlight=False, markup=False)
+
+
 # --- arguments of several commands ------------------------------------------------------------------------------------
 
 
 def add_ghn_argument(parser: argparse.ArgumentParser) -> None:
     """What predicts."""
-    parser.add_argument("--ghn", default="ghn2", help="tag, directory, .safetensors file or hf-hub:org/repo@revision")
+    parser.add_argument(
+        "--ghn", default="ghn2",
+        help="tag, directory, .safetensors file or hf-hub:org/repo@revision (default: %(default)s)",
+    )  # fmt: skip
+
+
+def add_device_argument(parser: argparse._ActionsContainer) -> None:
+    """Where it is computed."""
+    parser.add_argument(
+        "--device", type=device_name, default="auto", help="cpu, cuda, …; auto is cuda if there is one (default)"
+    )
 
 
 def add_json_argument(parser: argparse.ArgumentParser) -> None:
@@ -86,15 +125,40 @@ def add_json_argument(parser: argparse.ArgumentParser) -> None:
 def add_data_arguments(parser: argparse.ArgumentParser, several: bool = False) -> None:
     """Which images, as `load_data` takes them, or as a list of such."""
     data = parser.add_argument_group("data")
-    source = "parquet file, image folder, torch/NAME or hfds/REPO; with #20-29 behind it, only these classes"
-    if several:
-        data.add_argument("--data", nargs="+", default=["torch/cifar10"], metavar="DATA", help=source)
-    else:
-        data.add_argument("--data", default="torch/cifar10", help=source)
-    data.add_argument("--holdout", type=integer(1), default=5000, help="training images to hold out for validation")
+    data.add_argument(
+        "--data", nargs="+" if several else None, default=["torch/cifar10"] if several else "torch/cifar10",
+        metavar="DATA",
+        help="parquet file, image folder, torch/NAME or hfds/REPO; with #20-29 behind it, only these classes "
+        "(default: torch/cifar10)",
+    )  # fmt: skip
+    data.add_argument(
+        "--holdout", type=integer(1), default=5000,
+        help="training images to hold out for validation (default: %(default)s)",
+    )  # fmt: skip
     data.add_argument("--image-size", type=integer(1), help="bring all images to this size")
     data.add_argument("--root", help="where torch/… and hfds/… keep their files; by default beside the Hub's cache")
     data.add_argument("--download", action="store_true", help="let torch/… fetch what is missing")
+
+
+def add_measuring_arguments(parser: argparse.ArgumentParser, support: int | None, images: int | None) -> None:
+    """What predicts, which and how many images it is measured with, and where; `load_images` takes them."""
+    add_data_arguments(parser)
+    add_ghn_argument(parser)
+    parser.add_argument(
+        "--support", type=integer(1), default=support,
+        help=f"take norms' statistics, and a fitted head, from so many training images (default: {support or 'all'})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--images", type=integer(1), default=images,
+        help=f"measure on so many held-out images (default: {images or 'all'})",
+    )  # fmt: skip
+    add_device_argument(parser)
+
+
+def load_images(args: argparse.Namespace) -> tuple[ImageDataset, ImageDataset]:
+    """The images that statistics and heads come from, and those that are measured on."""
+    support, test = (load_data(args, split) for split in ("train", "val"))
+    return support.first(args.support).to(args.device), test.first(args.images).to(args.device)
 
 
 def load_data(args: argparse.Namespace, split: str, source: str | None = None) -> ImageDataset:
@@ -128,6 +192,15 @@ def positive(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
 
 
+def count(text: str) -> int:
+    """``"25M"``, ``"4.5G"``, ``"12e6"`` or a plain number, of whatever is counted."""
+    with contextlib.suppress(ValueError, OverflowError):
+        unit = text[-1:].upper() if text[-1:].isalpha() else ""
+        if (number := float(text.removesuffix(text[-1:]) if unit else text) * _UNITS.get(unit, 0)) >= 1:
+            return int(number)
+    raise argparse.ArgumentTypeError(f"{text!r} is no count: give a number, or one with K, M, G or T, such as 25M")
+
+
 def file_size(text: str) -> int:
     """``"5GB"``, ``"500 MB"`` or a number of bytes, as bytes."""
     match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?) ?([KMGT]?)B?", text.upper())
@@ -143,6 +216,8 @@ def device_name(text: str) -> str:
     """A device that this machine has."""
     import torch  # not above: most commands show their options without it, and it takes seconds
 
+    if text == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     count = torch.accelerator.device_count() if accelerator else 0
     with contextlib.suppress(RuntimeError):  # what is not even the name of one
@@ -236,3 +311,10 @@ def output_file(*suffixes: str) -> Callable[[str], Path]:
         return file
 
     return parse
+
+
+def picture_file(text: str) -> Path:
+    """A .svg or .png file that can be written, and drawn at all."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError('pictures are drawn by matplotlib: pip install "timm-ghn[plot]"')
+    return output_file(".svg", ".png")(text)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
+from safetensors.torch import save_model
+from torch import nn
 
 from .ambient import plain_torch
 from .errors import GHNError
+from .files import whole_file
+from .hypernet import Images
 from .prediction import Report, write_files
 from .predictor import Predictor
 from .pretrained_cfg import label, save_config
@@ -52,3 +57,31 @@ def export(
     files = write_files(model, prediction, directory, dtype, max_shard_size)
     save_config(model, directory / "config.json")
     return prediction.report, files
+
+
+def save_weights(model: nn.Module, file: Path) -> None:
+    """Writes a model's weights as one safetensors file, in a folder that is made where there is none."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(file) as part:
+        save_model(model, str(part))
+
+
+def save_classifier(model: nn.Module, file: Path, tag: str, images: Images) -> Path:
+    """Writes a timm model that has a head for the images it was measured on, as timm reads it.
+
+    Args:
+        model: What is saved; its cfg says afterwards whose weights it has and what images they are for.
+        file: The weights.
+        tag: The GHN's.
+        images: What the model is for, with the size that it was made for.
+
+    Returns:
+        The config.json beside the weights, with which timm makes the model of the folder.
+    """
+    label(model, tag, images, has_head=True)
+    cfg: Any = model.pretrained_cfg
+    cfg["input_size"] = images.input_size
+    save_weights(model, file)
+    config = file.with_name("config.json")
+    save_config(model, config)
+    return config

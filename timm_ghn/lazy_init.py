@@ -101,6 +101,16 @@ class DeferredFills(TorchFunctionMode):
                 self._pending.pop(_storage(tensor), None)
 
 
+def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    """A model that is only to be looked at: on the meta device, or with memory that nobody has written."""
+    try:
+        with torch.device("meta"), NoInitialisation():
+            return build()
+    except NotImplementedError:  # older RegNets look at tensors to know their widths
+        with DeferredFills():
+            return build()
+
+
 def _storage(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_meta else tensor.untyped_storage()._cdata
 

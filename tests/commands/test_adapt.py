@@ -57,7 +57,7 @@ def test_the_best_candidate_is_a_model_that_timm_reads(
 def test_few_images_and_a_network_of_one_size(folder: Path, tmp_path: Path) -> None:
     data = ["--data", str(folder), "--holdout", "15", "--image-size", "32", "--device", "cpu"]
     file = tmp_path / "few.safetensors"
-    assert main(["adapt", "test_vit", *data, "--images", "9", "--head", "prototype", "-o", str(file)]) == 0
+    assert main(["adapt", "test_vit", *data, "--support", "9", "--head", "prototype", "-o", str(file)]) == 0
     model = timm.create_model("test_vit", num_classes=3, img_size=32, checkpoint_path=str(file))
     assert model.head.weight.abs().sum() > 0
 

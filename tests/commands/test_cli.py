@@ -68,7 +68,7 @@ def test_any_number_of_classes(classes: str, ghn_file: Path, tmp_path: Path) -> 
     [
         (["create", "test_resnet", "--ghn", "ghn7"], "Unknown GHN 'ghn7': did you mean"),
         (["demo", "--ghn", "missing.safetensors"], "There is no GHN checkpoint at"),
-        (["demo", "--cifar10", "missing.parquet"], "There is no file missing.parquet"),
+        (["demo", "--data", "missing.parquet"], "There is no file missing.parquet"),
         (["zoo", "no_such_model*"], "No architecture was examined"),
         (["evaluate", "--split", "best"], "timm has no split 'best'; choose from"),
         (["evaluate", "--names", "test_resnet"], "--names are names in timm"),
@@ -112,8 +112,8 @@ NO_CUDA = [] if torch.cuda.is_available() else [("evaluate --device cuda", "ther
         ("predict test_resnet -o LOCKED/new", "nothing can be written to 'LOCKED/new'"),
         ("predict test_resnet -o LONG", "File name too long"),
         ("predict test_resnet -o new --max-shard-size 0", "'0' is no size"),
-        ("demo --picture picture.jpg", "a .png file is written"),
-        ("demo --picture LOCKED/demo.png", "nothing can be written to 'LOCKED'"),
+        ("demo -o picture.jpg", "a .png file is written"),
+        ("demo -o LOCKED/demo.png", "nothing can be written to 'LOCKED'"),
         ("zoo --workers 0", "'0' is no whole number from 1"),
         ("zoo -o file", "'file' is a file"),
         ("convert ghn.pt -o file", "'file' is a file"),
@@ -124,12 +124,12 @@ NO_CUDA = [] if torch.cuda.is_available() else [("evaluate --device cuda", "ther
         ("evaluate --sgd-steps -1", "'-1' is no whole number from 0"),
         ("evaluate --names resnet18,resnt34", "timm has no architecture 'resnt34': did you mean 'resnet34'?"),
         ("evaluate --names ,", "',' names no architecture"),
-        ("evaluate --out file", "'file' is a file"),
+        ("evaluate --output file", "'file' is a file"),
         ("evaluate --device cpuu", "there is no device 'cpuu' here, only cpu"),
         ("evaluate --device meta", "there is no device 'meta' here"),
         *NO_CUDA,
-        ("train --out file", "'file' is a file"),
-        ("train --out LOCKED", "nothing can be written to 'LOCKED'"),
+        ("train -o file", "'file' is a file"),
+        ("train --output LOCKED", "nothing can be written to 'LOCKED'"),
         ("train --device meta", "there is no device 'meta' here"),
         ("train --minutes nan", "'nan' is no number above 0"),
         ("train --minutes 0", "'0' is no number above 0"),
@@ -218,7 +218,7 @@ def test_what_interrupts_any_command(
     def fail(*args: object) -> None:
         raise error
 
-    monkeypatch.setattr("timm_ghn.commands.create.load_ghn", fail)
+    monkeypatch.setattr("timm_ghn.checkpoints.load.load_ghn", fail)
     assert cli.main(["create", "test_resnet"]) == status
     assert capsys.readouterr().err == message
 
@@ -288,7 +288,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("few")
 def test_the_demo_classifies_its_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "new" / "demo.png"
-    assert cli.main(["demo", "--picture", str(picture)]) == 0
+    assert cli.main(["demo", "-o", str(picture)]) == 0
     printed = capsys.readouterr().out
     assert "random init" in printed and "can take longer" in " ".join(printed.split()) and str(picture) in printed
     row = next(line.split("│") for line in printed.splitlines() if "resnet18" in line)
@@ -303,7 +303,7 @@ def test_the_demo_classifies_its_images(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.usefixtures("few")
 def test_the_demo_with_more_images(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = str(shared / "data" / "cifar10-train.parquet")
-    assert cli.main(["demo", "--cifar10", data, "--picture", str(tmp_path / "demo.png")]) == 0
+    assert cli.main(["demo", "--data", data, "-o", str(tmp_path / "demo.png")]) == 0
     assert "500 other images" in " ".join(capsys.readouterr().out.split())
 
 
@@ -312,6 +312,6 @@ def test_the_demo_of_a_ghn_for_other_classes(
     tmp_path: Path, save_ghn: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     ghn = save_ghn(tmp_path / "ghn.safetensors", num_classes=7)
-    assert cli.main(["demo", "--ghn", str(ghn), "--picture", str(tmp_path / "demo.png")]) == 0
+    assert cli.main(["demo", "--ghn", str(ghn), "-o", str(tmp_path / "demo.png")]) == 0
     assert "predicts 7 classes" in " ".join(capsys.readouterr().out.split())
     assert not (tmp_path / "demo.png").exists()

@@ -9,7 +9,6 @@ import pytest
 from timm_ghn import demo
 from timm_ghn.cli import main
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 DATA = ["--data", str(demo.IMAGES), "--holdout", "100", "--images", "4"]
 
 

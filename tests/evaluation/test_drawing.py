@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ET
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import timm
@@ -49,7 +50,7 @@ def test_every_node_is_drawn_once(name: str) -> None:
     graph = graph_of(name)
     blocks = Blocks(graph)
 
-    def check(nodes: set[int], depth: int, items: list) -> None:
+    def check(nodes: set[int], depth: int, items: list[Any]) -> None:
         assert sorted(node for item in items for node in item.nodes) == sorted(nodes)
         for item in items:
             assert len(item.nodes) == len(item.first) * len(item.blocks) if item.blocks else len(item.nodes) == 1
@@ -89,7 +90,7 @@ def test_boxes_do_not_overlap(name: str) -> None:
     _, drawn = root.findall(f"{SVG}g")
     cards = [r for group in drawn if group.get("class") != "open" for r in group.iter(f"{SVG}rect")]
     boxes = [
-        (float(r.get("x")), float(r.get("y")), float(r.get("width")))
+        (float(r.attrib["x"]), float(r.attrib["y"]), float(r.attrib["width"]))
         for r in cards
         if re.match(r"box|card", r.get("class", ""))
     ]

@@ -14,8 +14,6 @@ from timm_ghn import Inspection, demo, inspect
 from timm_ghn.evaluation.inspection import judge
 from timm_ghn.training.data import load_dataset
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def images(size: int, count: int = 4) -> Tensor:
     batch, _ = load_dataset(str(demo.IMAGES), "val", holdout=100, image_size=size).batch(torch.arange(count))
@@ -90,14 +88,14 @@ def test_what_attention_reads(ghn: str, equal: bool) -> None:
 def test_channels_that_nothing_changes() -> None:
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 10))
     with torch.no_grad():
-        net[0].bias[:6] = -100
+        net.get_parameter("0.bias")[:6] = -100
     net[0].requires_grad_(False)  # and so it is kept
     found = inspect(net, images=images(16))
     by_name = {layer.name: layer for layer in found.activations}
     assert by_name["0"].dead == 0 and by_name["1"].dead == 0.75
     assert found.findings[0].what == "channels that no image changes, 75% of 1" and found.findings[0].where == ("1",)
     with torch.no_grad():
-        net[0].bias.fill_(-100)
+        net.get_parameter("0.bias").fill_(-100)
     found = inspect(net, images=images(16))
     assert found.output is not None and found.output.startswith("almost the same")
     assert found.findings[0].what == "the output is the same for all images"

@@ -33,6 +33,8 @@ logger = logging.getLogger("timm_ghn.checkpoints")
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+RECORD_NAME = "source.json"
+"""Beside a converted checkpoint: what it was made of, which is what is accepted from then on."""
 HUB_PREFIX = "hf-hub:"
 EMBEDDED = Path(__file__).resolve().parents[1] / "weights"
 """The checkpoints that come with the package, ``TAG.safetensors``."""
@@ -63,6 +65,8 @@ class HubConfig:
         license: SPDX identifier.
         citation: What to cite.
         results: Measured results, by name.
+        ranking: How far its order of networks is that of their trained accuracies, once it has been measured:
+            Kendall's ``tau``, its standard ``error``, over how many ``networks``, and the ``source`` of these numbers.
     """
 
     repo_id: str
@@ -76,6 +80,7 @@ class HubConfig:
     license: str
     citation: str
     results: Mapping[str, Any]
+    ranking: Mapping[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,8 +147,8 @@ class Published:
         What the pin leaves open is trusted the first time and recorded; from then on the record is what was published.
         """
         tag, pin = self.tag, self.pin
-        folder = Path(huggingface_hub.constants.HF_HUB_CACHE).with_name("timm-ghn") / tag
-        weights, record_file = folder / WEIGHTS_NAME, folder / "source.json"
+        folder = converted_folder(tag)
+        weights, record_file = folder / WEIGHTS_NAME, folder / RECORD_NAME
         record: Mapping[str, Any] = next(iter(_read_json(record_file).values())) if record_file.is_file() else {}
         known = {name: getattr(pin, name) or record.get(name) for name in ("revision", "sha256", "size")}
         changed = [name for name, value in known.items() if record and record.get(name) != value]
@@ -175,6 +180,11 @@ class Published:
         with whole_file(record_file) as part:
             part.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         return weights
+
+
+def converted_folder(tag: str) -> Path:
+    """Where the safetensors file is that a published pickle was converted to, beside the Hub's cache."""
+    return Path(huggingface_hub.constants.HF_HUB_CACHE).with_name("timm-ghn") / tag
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,13 @@
-"""Make a network for the classes of a folder of images, without training."""
+"""Make a network for the classes of a folder of images, without training.
+
+Its weights are predicted; norms take their statistics from the images, and the classifier is fitted to them in closed
+form. Of several candidates the best on held-out images is kept.
+
+Examples:
+    timm-ghn adapt resnet18 --data my_images --image-size 64 -o adapted/model.safetensors
+    timm-ghn adapt --candidates 'resnet*,regnety_00*' --data torch/cifar10 --download
+    timm-ghn adapt mobilenetv3_small_050 --data my_images --image-size 64 --holdout 50 --head prototype
+"""
 
 from __future__ import annotations
 
@@ -6,40 +15,26 @@ import argparse
 import json
 import logging
 import shlex
-import time
-from dataclasses import replace
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
-import torch
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-from safetensors.torch import save_model
-from torch import nn
-
-from ..checkpoints.load import load_ghn
 from ..command_line import (
-    add_data_arguments,
-    add_ghn_argument,
+    add_json_argument,
+    add_measuring_arguments,
     architecture_name,
     architecture_patterns,
-    device_name,
-    integer,
-    load_data,
+    load_images,
     output_file,
+    print_json,
     print_table,
 )
 from ..errors import GHNError
-from ..evaluation.accuracy import accuracy, confusion, create_model
-from ..evaluation.adaptation import HEADS, adapt
-from ..evaluation.pictures import plot_confusion
-from ..files import whole_file
-from ..hypernet import sketch
-from ..predictor import initialize
-from ..pretrained_cfg import label, save_config
-from ..training.data import Batches, ImageDataset
 
-_BATCH = 100
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..evaluation.ranking import Ranked
+    from ..training.data import Batches, ImageDataset
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,73 +44,89 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--candidates", type=architecture_patterns, default=[], metavar="PATTERNS",
         help="try several and keep the best: names or wildcards with commas between, such as 'resnet*,regnety_00*'",
     )  # fmt: skip
-    add_data_arguments(parser)
-    add_ghn_argument(parser)
-    parser.add_argument("--head", choices=HEADS, default="ridge", help="prototype is for very few images")
-    parser.add_argument("--images", type=integer(1), help="adapt to the first so many; all if not given")
-    parser.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
+    add_measuring_arguments(parser, support=None, images=None)
     parser.add_argument(
-        "-o", "--output", type=output_file(".safetensors"), default="adapted/model.safetensors", metavar="FILE",
+        "--head", choices=("ridge", "prototype"), default="ridge",
+        help="how it is fitted; prototype is for very few images (default: %(default)s)",
+    )  # fmt: skip
+    add_saving_arguments(parser, "adapted/model.safetensors")
+
+
+def add_saving_arguments(parser: argparse.ArgumentParser, default: str) -> None:
+    """Where the model goes."""
+    parser.add_argument(
+        "-o", "--output", type=output_file(".safetensors"), default=default, metavar="FILE",
         help="the model's weights, with config.json and confusion.png beside them (default: %(default)s)",
     )  # fmt: skip
+    add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """A row for each network, then the best in files."""
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    from ..checkpoints.load import load_ghn
+    from ..evaluation.ranking import measured
+    from ..training.data import Batches
+
     logging.basicConfig(format="%(message)s")
     names = list(dict.fromkeys([*([args.name] if args.name else []), *args.candidates]))
     if not names:
         raise GHNError("No architecture is named; give one, or --candidates.")
     ghn = load_ghn(args.ghn, args.device)
-    train, held_out = (load_data(args, split).to(args.device) for split in ("train", "val"))
-    if args.images is not None:
-        rows = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[: args.images].to(args.device)
-        train = replace(train, images=train.images[rows], labels=train.labels[rows])
-    size, tests = train.image_size, Batches(held_out, _BATCH)
-    task = sketch(Batches(train, _BATCH)) if ghn.config.conditioned else None
+    support, held_out = load_images(args)
+    test = Batches(held_out, 100)
+    found = measured(names, ghn, Batches(support, 100), test, support.num_classes, args.head)
 
-    best: tuple[float, str, nn.Module] | None = None
+    rows, best, model = [], None, None
     table = Table("architecture", "parameters", "top-1, each left out", "top-1, held out", "seconds")
-    for name in track(names, "adapting", console=Console(stderr=True), disable=len(names) == 1):
-        started = time.perf_counter()
-        model = create_model(name, train.num_classes, size).to(args.device)
-        initialize(model, ghn, head="keep", input_size=(3, size, size), task=task)
-        report = adapt(model, Batches(train, _BATCH), args.head)
-        top1 = accuracy(model, tests)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        seconds = time.perf_counter() - started
-        table.add_row(name, f"{parameters / 1e6:.1f} M", f"{report.accuracy:.1%}", f"{top1:.1%}", f"{seconds:.1f}")
-        if best is None or top1 > best[0]:
-            best = top1, name, model
-    assert best is not None
-    print_table(table)
-    _save(args, *best[1:], train, tests)
+    for row, made in track(found, "adapting", len(names), console=Console(stderr=True), disable=len(names) == 1):
+        rows.append(row)
+        size, seconds = f"{row.parameters / 1e6:.1f} M", f"{row.seconds:.1f}"
+        if row.top1 is None:
+            table.add_row(row.name, size, "failed", "failed", seconds)
+            continue
+        table.add_row(row.name, size, f"{row.accuracy['left out']:.1%}", f"{row.top1:.1%}", seconds)
+        if best is None or row.top1 > (best.top1 or 0):
+            best, model = row, made
+    if best is None or model is None:
+        raise GHNError(f"None of {len(names)} networks could be adapted; the first, {names[0]}: {rows[0].error}")
+    if not args.json:
+        print_table(table)
+    save(args, rows, best, model, support, test)
 
 
-def _save(args: argparse.Namespace, name: str, model: nn.Module, train: ImageDataset, tests: Batches) -> None:
-    """The model as timm reads it, a picture of what it confuses, and what can be done next."""
-    label(model, args.ghn, train.described(), has_head=True)
-    size = train.image_size
-    cfg: Any = model.pretrained_cfg
-    cfg["input_size"] = (3, size, size)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(args.output) as part:
-        save_model(model, str(part))
-    config = args.output.parent / "config.json"
-    save_config(model, config)
-    picture = args.output.parent / "confusion.png"
-    plot_confusion(confusion(model, tests), train.names, picture)
-    file, classes = shlex.quote(str(args.output)), train.num_classes
+def save(
+    args: argparse.Namespace, rows: list[Ranked], best: Ranked, model: nn.Module, support: ImageDataset, test: Batches
+) -> None:
+    """The best model as timm reads it, a picture of what it confuses, and what can be done next."""
+    from rich.console import Console
+
+    from ..evaluation.accuracy import confusion
+    from ..evaluation.pictures import plot_confusion
+    from ..export import save_classifier
+
+    config = save_classifier(model, args.output, args.ghn, support.described())
+    picture = args.output.with_name("confusion.png")
+    plot_confusion(confusion(model, test), support.names, picture)
+    name, file, classes, size = best.name, shlex.quote(str(args.output)), support.num_classes, support.image_size
     arguments, options = f"num_classes={classes}", f"--model {name} --num-classes {classes} --img-size {size}"
     if "img_size" in json.loads(config.read_text()).get("model_args", {}):  # it has a table of positions
         arguments += f", img_size={size}"
         options += f" --model-kwargs img_size={size}"
+    created = f'timm.create_model("{name}", {arguments}, checkpoint_path="{args.output}")'
+    if args.json:
+        result: dict[str, Any] = {"ghn": args.ghn, "architectures": [{**asdict(row), "top1": row.top1} for row in rows]}
+        print_json({**result, "best": name, "output": args.output, "create": created})
+        return
     console = Console()
     console.print(
         f"{name} is in {args.output}; what it confuses is in {picture}. Use it:", highlight=False, markup=False
     )
     for line in (
-        f'  timm.create_model("{name}", {arguments}, checkpoint_path="{args.output}")',
+        f"  {created}",
         f"  python inference.py {options} --checkpoint {file}",
         "Train on from it, at a tenth of the usual learning rate:",
         f"  python train.py {options} --initial-checkpoint {file} --lr 0.005",

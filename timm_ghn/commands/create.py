@@ -1,17 +1,22 @@
-"""Predict a model's weights, say what was predicted, save them if asked."""
+"""Predict a model's weights, say what was predicted, save them if asked.
+
+Examples:
+    timm-ghn create resnet50 --num-classes 10
+    timm-ghn create vit_tiny_patch16_224 --ghn ghn2_split -o vit.safetensors
+"""
 
 from __future__ import annotations
 
 import argparse
 
-import timm
-from rich.console import Console
-from safetensors.torch import save_model
-
-from ..checkpoints.load import load_ghn
-from ..command_line import add_ghn_argument, architecture_name, integer, output_file
-from ..files import whole_file
-from ..predictor import initialize
+from ..command_line import (
+    add_ghn_argument,
+    add_json_argument,
+    architecture_name,
+    integer,
+    output_file,
+    print_report,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,20 +25,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_ghn_argument(parser)
     parser.add_argument("--num-classes", type=integer(0), help="classes of the model; timm's default if not given")
     parser.add_argument(
-        "--output", type=output_file(".safetensors"), metavar="FILE", help="save the weights to this .safetensors file"
-    )
+        "-o", "--output", type=output_file(".safetensors"), metavar="FILE",
+        help="save the weights to this .safetensors file",
+    )  # fmt: skip
+    add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Prints the report of the prediction."""
-    console = Console()
+    import timm
+
+    from ..checkpoints.load import load_ghn
+    from ..export import save_weights
+    from ..predictor import initialize
+
     ghn = load_ghn(args.ghn)
     model = timm.create_model(args.name, num_classes=args.num_classes)
     report = initialize(model, ghn)
-    console.print(f"{args.name} by {args.ghn}", style="bold")
-    console.print(str(report), highlight=False, markup=False)
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(args.output) as part:
-            save_model(model, str(part))
-        console.print(f"saved to {args.output}", highlight=False, markup=False)
+        save_weights(model, args.output)
+    print_report(args, report, [args.output] if args.output else [])

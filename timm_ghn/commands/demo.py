@@ -1,17 +1,18 @@
-"""Predict several architectures, and classify images with some."""
+"""Predict several architectures, and classify images with some.
+
+The images are 200 of CIFAR-10's that the embedded GHNs were not trained on, which come with the package.
+
+Examples:
+    timm-ghn demo
+    timm-ghn demo --data cifar10-train.parquet -o demo.png
+"""
 
 from __future__ import annotations
 
 import argparse
 
-import torch
-from rich.console import Console
-
-from ..checkpoints.load import load_ghn
 from ..command_line import add_ghn_argument, output_file
-from ..demo import CLASSES, IMAGES, classify, draw, time_creation
 from ..errors import GHNError
-from ..training.data import load_dataset
 
 _DRAWN = 2  # images of each class
 
@@ -20,22 +21,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What predicts, on which images, and where the picture goes."""
     add_ghn_argument(parser)
     parser.add_argument(
-        "--cifar10", metavar="FILE",
+        "--data", metavar="FILE",
         help="more images: the last 5,000 of a parquet file in the schema of the Hub's uoft-cs/cifar10",
     )  # fmt: skip
     parser.add_argument(
-        "--picture", type=output_file(".png"), default="demo.png", metavar="FILE",
+        "-o", "--output", type=output_file(".png"), default="demo.png", metavar="FILE",
         help="where images, labels and predictions are drawn (default: %(default)s)",
     )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:
     """Tables of times and accuracies, and the picture."""
+    import torch
+    from rich.console import Console
+
+    from ..checkpoints.load import load_ghn
+    from ..demo import CLASSES, IMAGES, classify, draw, time_creation
+    from ..training.data import load_dataset
+
     console = Console()
     ghn = load_ghn(args.ghn)
-    images = load_dataset(args.cifar10, "val") if args.cifar10 else load_dataset(str(IMAGES), "all")
+    images = load_dataset(args.data, "val") if args.data else load_dataset(str(IMAGES), "all")
     if images.num_classes != len(CLASSES):
-        raise GHNError(f"{args.cifar10} has {images.num_classes} classes, not CIFAR-10's {len(CLASSES)}.")
+        raise GHNError(f"{args.data} has {images.num_classes} classes, not CIFAR-10's {len(CLASSES)}.")
     time_creation(args.ghn, ghn)
     if ghn.config.num_classes != len(CLASSES):
         console.print(f"\n{args.ghn} predicts {ghn.config.num_classes} classes, not CIFAR-10's: it is shown no images.")
@@ -44,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     # The first ones of each class: nobody chose those that look good.
     drawn = torch.cat([(test.labels == label).nonzero()[:_DRAWN] for label in range(len(CLASSES))], 1).flatten()
     shown = {name: classes[drawn] for name, classes in predictions.items()}
-    args.picture.parent.mkdir(parents=True, exist_ok=True)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     caption = f"Held-out images of CIFAR-10, and what networks see in them whose weights were predicted by {args.ghn}"
-    draw(test.images[drawn], test.labels[drawn], shown, caption).save(args.picture)
-    console.print(f"\n{len(drawn)} of the images and what each network sees in them: {args.picture}", highlight=False)
+    draw(test.images[drawn], test.labels[drawn], shown, caption).save(args.output)
+    console.print(f"\n{len(drawn)} of the images and what each network sees in them: {args.output}", highlight=False)

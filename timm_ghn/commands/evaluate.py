@@ -1,4 +1,10 @@
-"""Accuracy of predicted weights over architectures."""
+"""Accuracy of predicted weights over architectures.
+
+Examples:
+    timm-ghn evaluate --data torch/cifar10 --download --images 1000 --architectures 60
+    timm-ghn evaluate --data cifar10-train.parquet --source zoo --names resnet18,convnext_atto
+    timm-ghn evaluate --data cifar10-train.parquet --source deepnets --split wide --sgd-steps 100
+"""
 
 from __future__ import annotations
 
@@ -8,30 +14,27 @@ import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from typing import TYPE_CHECKING
 
-import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import track
-from rich.table import Table
-from torch import nn
-
-from timm_ghn.checkpoints.load import load_ghn
-from timm_ghn.command_line import (
+from ..command_line import (
     add_data_arguments,
+    add_device_argument,
     add_ghn_argument,
+    add_json_argument,
     architecture_names,
-    device_name,
     family_names,
     integer,
     load_data,
     output_directory,
+    print_json,
     print_table,
 )
-from timm_ghn.errors import GHNError
-from timm_ghn.evaluation.accuracy import ZOO, Measured, create_model, measure, seeded, summarize
-from timm_ghn.evaluation.pictures import plot_histogram
-from timm_ghn.training.architectures import SPLITS, architecture
+from ..errors import GHNError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..evaluation.accuracy import Measured
 
 _BATCH = 250
 _CALIBRATION_BATCHES = 8
@@ -42,32 +45,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data_arguments(parser)
     add_ghn_argument(parser)
     parser.add_argument(
-        "--source", choices=(*SPLITS, "zoo"), default="timm", help="random networks, or real ones of timm"
-    )
+        "--source", choices=("timm", "deepnets", "zoo"), default="timm",
+        help="random networks, or (zoo) real ones of timm (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
-        "--split", default="test", help="of random networks: val, test; deepnets: also wide, deep, dense, bnfree"
-    )
+        "--split", default="test",
+        help="of random networks: val, test; deepnets: also wide, deep, dense, bnfree (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--families", help="draw random networks of these only, with commas between; or of all up to a tier (0 to 3)"
     )
-    parser.add_argument("--architectures", type=integer(1), default=100, help="measure the first so many")
+    parser.add_argument(
+        "--architectures", type=integer(1), default=100, help="measure the first so many (default: %(default)s)"
+    )
     parser.add_argument(
         "--names", type=architecture_names,
         help="of real networks, with commas between; some of ten families if not given",
     )  # fmt: skip
-    parser.add_argument("--data-split", choices=("val", "test"), default="val", help="images to measure on")
-    parser.add_argument("--images", type=integer(1), default=5000, help="measure on the first so many")
+    parser.add_argument(
+        "--data-split", choices=("val", "test"), default="val",
+        help="measure on held-out training images, or on the source's test images (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--images", type=integer(1), default=5000, help="measure on so many of them (default: %(default)s)"
+    )
     parser.add_argument(
         "--sgd-steps", type=integer(0), default=0, help="also measure so many steps of SGD from random weights"
     )
-    parser.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device_argument(parser)
     parser.add_argument(
-        "--out", type=output_directory, default="evaluation", help="directory for results.json, histogram.png"
-    )
+        "-o", "--output", type=output_directory, default="evaluation", metavar="DIR",
+        help="where results.json and histogram.png go (default: %(default)s)",
+    )  # fmt: skip
+    add_json_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Measures one network after the other and sums up."""
+    import torch
+    from rich.console import Console
+    from rich.progress import track
+
+    from ..checkpoints.load import load_ghn
+    from ..evaluation.accuracy import measure, seeded
+    from ..training.architectures import SPLITS
+
     logging.basicConfig(format="%(message)s")
     if args.source != "zoo" and args.names:
         raise GHNError(f"--names are names in timm, but the networks of --source {args.source} are random: choose zoo.")
@@ -83,13 +105,13 @@ def run(args: argparse.Namespace) -> None:
     train, data = (load_data(args, split).to(args.device) for split in ("train", args.data_split))
     if not ghn.config.predicts_head:
         raise GHNError(f"{args.ghn} predicts no classification layer; measure what timm-ghn adapt makes with it.")
+    data = data.first(args.images)
     if data.num_classes != ghn.config.num_classes:
         raise GHNError(
             f"{args.data} has {data.num_classes} classes, {args.ghn} predicts {ghn.config.num_classes}; choose a GHN "
             "trained for as many."
         )
-    rows = torch.arange(min(args.images, len(data)), device=args.device)
-    test = [data.batch(part) for part in rows.split(_BATCH)]
+    test = list(data.batches(_BATCH))
     generator = torch.Generator(args.device).manual_seed(0)
     calibration = [train.sample(_BATCH, generator) for _ in range(_CALIBRATION_BATCHES)]
 
@@ -108,6 +130,9 @@ def _builders(
     args: argparse.Namespace, drawn_from: list[str] | None, num_classes: int, image_size: int
 ) -> dict[str, Callable[[], nn.Module]]:
     """What makes each network, by name."""
+    from ..evaluation.accuracy import ZOO, create_model
+    from ..training.architectures import SPLITS, architecture
+
     if args.source == "zoo":
         names = args.names or ZOO[: args.architectures]
         return {name: partial(create_model, name, num_classes, image_size) for name in names}
@@ -120,8 +145,14 @@ def _builders(
 
 def _report(args: argparse.Namespace, results: list[Measured]) -> None:
     """Tables on the terminal, a JSON file and a picture in the directory."""
-    console = Console()
-    if len(results) <= 40:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from ..evaluation.accuracy import summarize
+    from ..evaluation.pictures import plot_histogram
+
+    if len(results) <= 40 and not args.json:
         table = Table("architecture", "parameters", "predicted", "top-1")
         for result in results:
             top1 = f"{result.accuracy['predicted']:.2%}" if result.error is None else escape(result.error)
@@ -137,14 +168,18 @@ def _report(args: argparse.Namespace, results: list[Measured]) -> None:
             bounds = f"{summary.smallest:.2%} to {summary.largest:.2%}"
             error = "" if single else f"{summary.error:.2%}"
             table.add_row(label, f"{summary.mean:.2%}", error, bounds, str(summary.count))
-    print_table(table)
-    told = {name: value for name, value in vars(args).items() if isinstance(value, (str, int, list, type(None)))}
+    kinds = (str, int, list, type(None))
+    told = {name: value for name, value in vars(args).items() if isinstance(value, kinds) and name != "json"}
     everything = {"arguments": told, "summary": summaries, "architectures": [asdict(result) for result in results]}
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "results.json").write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "results.json").write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
     if summaries:
-        plot_histogram(results, args.out / "histogram.png")
-    console.print(f"written to {args.out}", highlight=False, markup=False)
+        plot_histogram(results, args.output / "histogram.png")
+    if args.json:
+        print_json(everything)
+    else:
+        print_table(table)
+        Console().print(f"written to {args.output}", highlight=False, markup=False)
     if "predicted" not in summaries:
         first = results[0]
         raise GHNError(f"None of {len(results)} networks could be measured; the first, {first.name}: {first.error}")

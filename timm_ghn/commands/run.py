@@ -1,4 +1,9 @@
-"""Run a Python script, such as timm's train.py, with the hook in timm."""
+"""Run a Python script, such as timm's train.py, with the hook in timm.
+
+Examples:
+    timm-ghn run train.py --model resnet18.ghn2 --pretrained --data-dir images
+    timm-ghn run -m my_package.train --help
+"""
 
 from __future__ import annotations
 

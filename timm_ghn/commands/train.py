@@ -1,4 +1,10 @@
-"""Train a GHN on images, over random architectures."""
+"""Train a GHN on images, over random architectures.
+
+Examples:
+    timm-ghn train --data torch/cifar10 --download --minutes 60 -o runs/mine
+    timm-ghn train --resume -o runs/mine
+    timm-ghn train --data cifar10-train.parquet --steps 1000 --architectures timm:vit,swin:12e6
+"""
 
 from __future__ import annotations
 
@@ -11,31 +17,24 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
-
-from timm_ghn.checkpoints.load import load_ghn
-from timm_ghn.command_line import (
+from ..command_line import (
     add_data_arguments,
-    device_name,
+    add_device_argument,
+    add_json_argument,
     family_names,
     integer,
     load_data,
     output_directory,
     positive,
+    print_json,
 )
-from timm_ghn.devices import has_bf16
-from timm_ghn.hypernet.decoders import DECODERS
-from timm_ghn.hypernet.message_passing import HYPERNETS
-from timm_ghn.training.checkpoint import TrainingError, load_checkpoint
-from timm_ghn.training.config import PRESETS, SCHEDULES, TrainConfig
-from timm_ghn.training.families import FAMILIES
-from timm_ghn.training.objectives import OBJECTIVES
-from timm_ghn.training.optimizers import OPTIMIZERS
-from timm_ghn.training.teacher import soft_labels
-from timm_ghn.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..training.config import TrainConfig
 
 logger = logging.getLogger("timm_ghn.training")
 
@@ -57,11 +56,13 @@ _TEACHERS_SHARE = 0.5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Data, run and config; those of the run's config have no default, so that a resumed run keeps its."""
-    parser.epilog = f"families by tier: {'; '.join(_families_by_tier())}"
     add_data_arguments(parser, several=True)
     run = parser.add_argument_group("run")
-    run.add_argument("--out", type=output_directory, default="runs/ghn", help="the run's directory")
-    run.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    run.add_argument(
+        "-o", "--output", type=output_directory, default="runs/ghn", metavar="DIR",
+        help="the run's directory (default: %(default)s)",
+    )  # fmt: skip
+    run.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output")
     run.add_argument(
         "--cooldown-from", type=Path, metavar="RUN",
         help="go on from this run's checkpoint, its learning rate falling to 0 over --steps more or --minutes",
@@ -73,21 +74,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     run.add_argument("--minutes", type=positive, help="wall-clock budget; without --steps it also sets the pace")
     run.add_argument("--steps", type=integer(1), help="length of the run, which resumes exactly then")
-    run.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
+    add_device_argument(run)
     run.add_argument(
-        "--workers", type=integer(0), default=1, help="processes that prepare architectures, for each process"
-    )
+        "--workers", type=integer(0), default=1,
+        help="processes that prepare architectures, for each process (default: %(default)s)",
+    )  # fmt: skip
+    add_json_argument(parser)
 
     config = parser.add_argument_group("config")
-    config.add_argument("--preset", choices=PRESETS, help="recipe; ghn2 if not given")
+    config.add_argument("--preset", choices=("ghn2", "ghn3", "published"), help="recipe; ghn2 if not given")
     config.add_argument("--config", type=Path, metavar="JSON", help="fields of TrainConfig that differ from the preset")
     config.add_argument(
         "--architectures", action="append", type=_share, metavar="SOURCE[:FAMILIES[:MACS[:WEIGHT[:STEP]]]]",
-        help="a part of the mixture: families up to a tier (0 to 3), or those named, with commas between, within so "
-        "many multiply-accumulates, drawn as often as its weight says, from this step on; may be repeated",
+        help="a part of the mixture: families (`timm-ghn list --families`) up to a tier (0 to 3), or those named, with "
+        "commas between, within so many multiply-accumulates, drawn as often as its weight says, from this step on; "
+        "may be repeated",
     )  # fmt: skip
     config.add_argument(
-        "--head", choices=OBJECTIVES,
+        "--head", choices=("predicted", "ridge"),
         help="predicted, for the classes of one data set, or ridge: fitted in closed form to tasks from all of them",
     )  # fmt: skip
     config.add_argument(
@@ -99,16 +103,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     config.add_argument("--seed", type=integer(0))
     config.add_argument("--meta-batch", type=integer(1), help="architectures a step, over all processes")
     config.add_argument("--batch-size", type=integer(1), help="images for each of them")
-    config.add_argument("--optimizer", choices=OPTIMIZERS)
+    config.add_argument("--optimizer", choices=("soap", "adamw", "adam"))
     config.add_argument("--lr", type=positive)
-    config.add_argument("--schedule", choices=SCHEDULES, help="of the learning rate; constant for an open end")
+    config.add_argument(
+        "--schedule", choices=("cosine", "steps", "constant", "linear"),
+        help="of the learning rate; constant for an open end",
+    )  # fmt: skip
     config.add_argument("--network-clip", type=positive, help="limit for the norm of each network's gradient")
     config.add_argument("--eval-every", type=integer(1), help="steps between validations and checkpoints")
     config.add_argument("--val-architectures", type=integer(1))
     config.add_argument("--val-images", type=integer(1))
     config.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="by default where the device has it")
-    config.add_argument("--hypernet", choices=HYPERNETS)
-    config.add_argument("--decoder", choices=DECODERS)
+    config.add_argument("--hypernet", choices=("gatedgnn", "graphormer", "mlp"))
+    config.add_argument("--decoder", choices=("conv", "lowrank", "mlp"))
     config.add_argument("--hid", type=integer(1))
     config.add_argument("--layers", type=integer(1))
     config.add_argument("--heads", type=integer(1))
@@ -121,14 +128,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     config.add_argument("--max-shape", type=_kernel, metavar="OUT,IN,H,W")
 
 
-def _families_by_tier() -> Iterator[str]:
-    for source, found in FAMILIES.items():
-        for tier in sorted({family.tier for family in found.values()}):
-            names = ", ".join(name for name, family in found.items() if family.tier == tier)
-            yield f"{source}, tier {tier}: {names}"
-
-
 def _share(text: str) -> dict[str, Any]:
+    from ..training.families import FAMILIES
+
     source, *parts = text.split(":")
     if source not in FAMILIES:
         raise argparse.ArgumentTypeError(f"{source!r} is not among {', '.join(FAMILIES)}")
@@ -151,6 +153,12 @@ def _kernel(text: str) -> list[int]:
 
 def run(args: argparse.Namespace) -> None:
     """Trains, from the beginning or from where a run was stopped."""
+    import torch.distributed as dist
+
+    from ..checkpoints.load import load_ghn
+    from ..training.teacher import soft_labels
+    from ..training.trainer import Trainer
+
     logging.basicConfig(format="%(message)s")
     # A different network at every step has more shapes of convolution than the default remembers.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "20000")
@@ -166,26 +174,32 @@ def run(args: argparse.Namespace) -> None:
             if not first:
                 dist.barrier()  # until the first process has written them
             source = Path(args.teacher) if args.teacher else args.cooldown_from
-            teacher = soft_labels(args.out, data[0], validation[0], device, source)
+            teacher = soft_labels(args.output, data[0], validation[0], device, source)
             if first and dist.is_initialized():
                 dist.barrier()
         trainer = Trainer(
-            config, data, validation, args.out, device=device, workers=args.workers, init=init, resume=args.resume,
+            config, data, validation, args.output, device=device, workers=args.workers, init=init, resume=args.resume,
             cooldown_from=None if args.resume else args.cooldown_from, teacher=teacher,
         )  # fmt: skip
         result = trainer.run(args.minutes)
         logger.info(
-            "%d steps: validation %.2f %%; the best so far is in %s", trainer.step, result["val_mean"], args.out
+            "%d steps: validation %.2f %%; the best so far is in %s", trainer.step, result["val_mean"], args.output
         )
+        if args.json and first:
+            print_json({"output": args.output, "steps": trainer.step, **result})
 
 
 def _config(
     args: argparse.Namespace, num_classes: int, ghn: dict[str, Any] | None, device: torch.device
 ) -> TrainConfig:
     """The config of the run: what is resumed, or a preset and a file, and over it what the command line says."""
+    from ..devices import has_bf16
+    from ..training.checkpoint import TrainingError, load_checkpoint
+    from ..training.config import PRESETS, TrainConfig
+
     fields: dict[str, Any]
     if args.resume:
-        fields = load_checkpoint(args.out / "checkpoints")[1]["config"]
+        fields = load_checkpoint(args.output / "checkpoints")[1]["config"]
     elif args.cooldown_from:
         state = load_checkpoint(args.cooldown_from / "checkpoints")[1]
         fields = {**state["config"], "schedule": "linear", "warmup": 0, "steps": None}
@@ -216,6 +230,9 @@ def _processes(device: str) -> Iterator[torch.device]:
 
     Small networks keep a GPU busy only if several processes share it, which NCCL does not allow and gloo does.
     """
+    import torch
+    import torch.distributed as dist
+
     if "RANK" not in os.environ:
         yield torch.device(device)
         return

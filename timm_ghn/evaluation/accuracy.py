@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,6 +122,18 @@ class Measured:
     error: str | None = None
 
 
+@contextmanager
+def failures_noted(result: Measured) -> Iterator[None]:
+    """Makes whatever an architecture raises on images of a size its `error`: the others are still of use."""
+    try:
+        yield
+    except Exception as error:
+        # Checks may say nothing; the last line outside torch then says what they checked.
+        lines = [frame.line for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
+        result.error = f"{type(error).__name__}: {str(error) or lines[-1]}"
+        logger.warning("%s cannot be measured: %s", result.name, result.error)
+
+
 def measure(
     name: str,
     build: Callable[[], nn.Module],
@@ -149,7 +163,7 @@ def measure(
         The accuracies, or, if the architecture cannot be built, traced or run on these images, the error.
     """
     result = Measured(name)
-    try:
+    with failures_noted(result):
         model = build()
         result.parameters = sum(parameter.numel() for parameter in model.parameters())
         if random:
@@ -160,9 +174,6 @@ def measure(
         if sgd_steps and sample is not None:
             model = sgd(build(), sample, sgd_steps)
             result.accuracy["sgd"] = accuracy(calibrate(model, calibration), test)
-    except Exception as error:  # whatever an architecture raises on images of this size: the others are still of use
-        result.error = f"{type(error).__name__}: {error}"
-        logger.warning("%s cannot be measured: %s", name, result.error)
     return result
 
 

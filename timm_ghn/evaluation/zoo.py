@@ -31,7 +31,7 @@ from ..errors import GHNError
 from ..graph import trace
 from ..graph.record import input_candidates, output_tensors
 from ..hypernet import GHN
-from ..lazy_init import DeferredFills
+from ..lazy_init import on_meta
 from ..predictor import Predictor
 from ..tiling import tile
 from ..training.data import load_dataset
@@ -60,12 +60,7 @@ def examine(name: str, ghn: GHN, images: Tensor | None = None) -> Row:
     row: Row = {"name": name, "family": timm.model_entrypoint(name).__module__.rpartition(".")[2]}
     started = time.perf_counter()
     try:
-        try:
-            with torch.device("meta"):
-                model = timm.create_model(name)
-        except NotImplementedError:  # older RegNets look at tensors to know their widths
-            with DeferredFills():
-                model = timm.create_model(name)
+        model = on_meta(partial(timm.create_model, name))
         parameters = dict(model.named_parameters())
         graph = trace(model)
         # Raises if a prediction is not finite, does not fit, or a parameter has neither a prediction nor a reason.

@@ -15,12 +15,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from timm_ghn.lazy_init import NoInitialisation
 from timm_ghn.training.families import FAMILIES
-from timm_ghn.training.sampling import Config, Cost, Draw
+from timm_ghn.training.sampling import Config, Cost, Draw, measured_cost
 
 
 @dataclass(frozen=True)
@@ -115,12 +113,8 @@ class Architecture:
             return added_up(self.config, num_classes, in_chans, image_size)
         # On the CPU, with whatever is in memory: a forward pass on the meta device takes three times as long.
         with torch.device("cpu"), torch.random.fork_rng(devices=[]), NoInitialisation():
-            model = self.build(num_classes, in_chans, image_size).eval().requires_grad_(False)
-            images = torch.empty(1, in_chans, image_size, image_size)
-        # As plain products, attention is counted on every device.
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            model(images)
-        return Cost(counter.get_total_flops() // 2, sum(parameter.numel() for parameter in model.parameters()))
+            model = self.build(num_classes, in_chans, image_size).eval()
+            return measured_cost(model, torch.empty(1, in_chans, image_size, image_size))
 
 
 def families(source: str, max_tier: int) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_datase
 from torch import Tensor
 
 from timm_ghn.errors import GHNError
-from timm_ghn.hypernet import Images
+from timm_ghn.hypernet import GHNConfig, Images
 
 _CROP_PADDING = 4
 
@@ -69,6 +69,11 @@ class ImageDataset:
         size = tuple(self.images.shape[1:])
         return Images(self.mean, self.std, size, interpolation=self.interpolation, label_names=self.names)
 
+    def has_classes_of(self, config: GHNConfig) -> bool:
+        """Whether a GHN predicts heads for these classes: they are as many and, where both are known, of the names."""
+        known = config.images.label_names if config.images else None
+        return self.num_classes == config.num_classes and (not known or not self.names or known == self.names)
+
     def to(self, device: torch.device | str) -> ImageDataset:
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
@@ -96,6 +101,15 @@ class ImageDataset:
             num_classes=last - first + 1,
             names=self.names and self.names[first : last + 1],
         )
+
+    def first(self, count: int | None) -> ImageDataset:
+        """So many images, the first ones or, where rows are grouped by class, evenly spaced ones; all if None."""
+        if count is None or count >= len(self):
+            return self
+        rows = torch.arange(count, device=self.labels.device)
+        if bool((self.labels[1:] >= self.labels[:-1]).all()):
+            rows = rows * len(self) // count
+        return replace(self, images=self.images[rows], labels=self.labels[rows])
 
     def draw(self, batch_size: int, generator: torch.Generator) -> Tensor:
         """Rows drawn with replacement, on the data set's device; `generator` alone decides which."""

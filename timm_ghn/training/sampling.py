@@ -8,7 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 Config = dict[str, Any]
 T = TypeVar("T")
@@ -70,6 +73,17 @@ class Cost:
     def vector(self, *elements: int) -> None:
         """Parameters that cost no multiplications worth counting: norms, scales, tokens."""
         self.params += sum(elements)
+
+
+def measured_cost(model: nn.Module, image: torch.Tensor) -> Cost:
+    """What a model in eval mode costs, counted as it runs on one image [1, channels, height, width].
+
+    Both may be on the meta device, where the result is the same and takes neither arithmetic nor memory.
+    """
+    # As plain products, attention is counted on every device.
+    with image.device, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(image)
+    return Cost(counter.get_total_flops() // 2, sum(parameter.numel() for parameter in model.parameters()))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,60 @@
+"""Say what is kept on this machine, and remove what was computed.
+
+Graphs that were traced before and converted checkpoints are made again when they are needed. Downloaded checkpoints are
+in huggingface_hub's own cache (`hf cache ls`), and data sets are never removed.
+
+Examples:
+    timm-ghn cache
+    timm-ghn cache --clear
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..command_line import add_json_argument, print_json, print_table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Whether it is emptied."""
+    parser.add_argument("--clear", action="store_true", help="remove graphs and converted checkpoints")
+    add_json_argument(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """A row for each kind, with its folder."""
+    from rich.table import Table
+
+    from ..checkpoints.catalog import CATALOG
+    from ..checkpoints.source import RECORD_NAME, converted_folder
+    from ..graph import cache
+    from ..training.data import default_root
+
+    made = [("graphs", cache.directory())]
+    made += [
+        (f"{tag}, converted", converted_folder(tag))
+        for tag, pin in CATALOG.published.items()
+        if pin.format == "joblib"
+    ]  # fmt: skip
+    rows = [_row(what, folder) for what, folder in [*made, ("data sets", default_root())]]
+    removed = 0
+    for file in (file for _, folder in made for file in folder.glob("*") if args.clear and file.name != RECORD_NAME):
+        removed += file.stat().st_size
+        file.unlink()
+    if args.json:
+        print_json({"kept": rows, "removed_bytes": removed})
+        return
+    table = Table("what", "files", "bytes", "where")
+    for row in rows:
+        table.add_row(str(row["what"]), f"{row['files']:,}", f"{row['bytes']:,}", str(row["where"]))
+    print_table(table)
+    if args.clear:
+        from rich.console import Console
+
+        Console().print(f"removed {removed:,} bytes: graphs and converted checkpoints", highlight=False)
+
+
+def _row(what: str, folder: Path) -> dict[str, object]:
+    sizes = [file.stat().st_size for file in folder.rglob("*") if file.is_file()] if folder.is_dir() else []
+    return {"what": what, "files": len(sizes), "bytes": sum(sizes), "where": folder}
