@@ -19,7 +19,7 @@ NAMES = ["test_resnet", "test_vit", "resnet18"]
 
 @pytest.mark.parametrize("config", [{}, {"hypernet": "graphormer", "heads": 2}, {"split_attention": True}])
 def test_an_embedding_is_the_mean_of_the_nodes_states(
-    config: dict[str, Any], tmp_path: Path, save_ghn: Callable[..., str]
+    config: dict[str, Any], tmp_path: Path, save_ghn: Callable[..., Path]
 ) -> None:
     ghn = load_ghn(save_ghn(tmp_path / "ghn.safetensors", **config))
     found = embed(NAMES, ghn)
