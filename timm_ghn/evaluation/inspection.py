@@ -271,8 +271,9 @@ def _measured(name: str, kind: str, output: Tensor, dim: int) -> InspectedActiva
         alike = 1 - len(seen.mul(1e3).round().unique(dim=0)) / len(seen)
     difference = math.nan
     if finite and len(output) > 1:
-        apart = channels.double() - channels.double().mean(0, keepdim=True)
-        difference = float(torch.linalg.vector_norm(apart) / torch.linalg.vector_norm(channels.double()))
+        whole = channels.double()
+        apart = torch.linalg.vector_norm(whole - whole.mean(0, keepdim=True))
+        difference = float(apart / torch.linalg.vector_norm(whole)) if whole.any() else 0.0
     return InspectedActivation(
         name=name,
         kind=kind,
