@@ -334,7 +334,7 @@ def test_an_evaluation_that_measured_nothing_has_failed(
     def build(*args: object, **options: object) -> nn.Module:
         raise RuntimeError("[/bold] is not for images of this size")  # what a terminal must not take for markup
 
-    monkeypatch.setattr("timm_ghn.commands.evaluate.create_model", build)
+    monkeypatch.setattr("timm_ghn.evaluation.accuracy.create_model", build)
     ghn = save_ghn(tmp_path / "ghn.safetensors")
     arguments = ["evaluate", "--ghn", str(ghn), "--device", "cpu", "--out", str(tmp_path), "--source", "zoo"]
     assert main([*arguments, "--names", "test_resnet"]) == 1

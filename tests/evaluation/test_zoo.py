@@ -78,7 +78,7 @@ def sweep(output: Path, ghn: Path, *arguments: str) -> dict[str, Any]:
 
 
 def test_models_are_run_on_images(tmp_path: Path, ghn_file: Path, images: Path) -> None:
-    summary = sweep(tmp_path, ghn_file, "--images", str(images))
+    summary = sweep(tmp_path, ghn_file, "--data", str(images))
     assert summary["all"]["outputs_ok"] == 2 and not summary["outputs"]
     assert {row["output"] for row in summary["architectures"].values()} == {"ok"}
     assert "| output ok |" in (tmp_path / "zoo.md").read_text()
@@ -92,7 +92,7 @@ def test_a_sweep_goes_on_with_rows_of_its_own_setting(tmp_path: Path, ghn_file: 
     assert sweep(tmp_path, ghn_file)["all"]["outputs_ok"] is None
     sweep(tmp_path, ghn_file)
     assert rows() == 2
-    sweep(tmp_path, ghn_file, "--images", str(images), "--workers", "2")
+    sweep(tmp_path, ghn_file, "--data", str(images), "--workers", "2")
     assert rows() == 4
     other = copy.deepcopy(load_ghn(ghn_file))
     torch.nn.init.constant_(other.get_parameter("bias_class.1.bias"), 0.5)
