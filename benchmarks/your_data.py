@@ -6,7 +6,7 @@ and of a third that SGD trains from random weights for as many seconds as the pr
 --finetune, the adapted networks are trained on for so many steps of SGD. Each training has the rate that is best when
 one half of its images is trained on and the other looked at. "pretrained" weights are timm's, where they can be had.
 A GHN that is conditioned on tasks is told of the images; "untold" and "mistold" are its predictions without, and with
-the sketch of another one of the data sets.
+the sketch of another one of the data sets. With several GHNs, each predicts.
 
 Data sets are those of timm-ghn train, each with the side that its images are brought to behind a colon. Rows are kept
 in DIR/your_data.json as they come, and not measured again.
@@ -55,7 +55,8 @@ MODELS = (
     "resnet10t", "regnetx_002", "dla46_c", "mobilenetv3_small_050", "edgenext_xx_small", "convnext_atto",
     "mobilevit_xxs", "vit_tiny_patch16_224",
 )  # fmt: skip
-STARTS = ("predicted", "random", "sgd", "pretrained", "untold", "mistold")
+PREDICTED = ("predicted", "untold", "mistold")
+STARTS = (*PREDICTED, "random", "sgd", "pretrained")
 BATCH = 32
 TEST_BATCH = 100
 
@@ -112,27 +113,27 @@ class Comparison:
             model = create_model(self.name, self.data.num_classes, self.data.image_size, **options)
         return model.to(self.arguments.device)
 
-    def adapted(self, start: str, data: ImageDataset) -> nn.Module:
+    def adapted(self, start: str, tag: str, data: ImageDataset) -> nn.Module:
         model = self.build(start == "pretrained")
-        if start in ("predicted", "untold", "mistold"):
+        if start in PREDICTED:
             size = (3, data.image_size, data.image_size)
-            predictor = ghn(self.arguments.ghn, self.arguments.device)
+            predictor = ghn(tag, self.arguments.device)
             told = {"predicted": data, "mistold": self.other}.get(start) if predictor.config.conditioned else None
             task = None if told is None else timm_ghn.sketch(Batches(told, TEST_BATCH))
             timm_ghn.initialize(model, predictor, head="keep", input_size=size, task=task)
         timm_ghn.adapt(model, Batches(data, TEST_BATCH), self.arguments.head)
         return model
 
-    def row(self, start: str, seconds: float) -> dict[str, float]:
+    def row(self, start: str, tag: str, seconds: float) -> dict[str, float]:
         """Accuracies in percent; "sgd" trains for `seconds`, the others are adapted, and then trained on if asked."""
         steps = self.arguments.finetune
         if start == "sgd":
             return self.best_trained(lambda data: self.build(), "top1", math.inf, seconds) | {"seconds": seconds}
         started = time.perf_counter()
-        model = self.adapted(start, self.data)
+        model = self.adapted(start, tag, self.data)
         row = {"seconds": time.perf_counter() - started, "top1": 100 * accuracy(model, self.tests)}
         if steps:
-            row |= self.best_trained(functools.partial(self.adapted, start), "finetuned", steps, math.inf)
+            row |= self.best_trained(functools.partial(self.adapted, start, tag), "finetuned", steps, math.inf)
         return row
 
     def best_trained(
@@ -167,10 +168,14 @@ def counts(text: str) -> int | None:
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="+", type=data_set, metavar="SOURCE:SIDE", help="what to adapt to")
-    parser.add_argument("--ghn", default="ghn2", help="tag, directory or .safetensors file (default: %(default)s)")
+    parser.add_argument(
+        "--ghn", nargs="+", default=["ghn2"], help="tag, directory or .safetensors file (default: ghn2)"
+    )
     parser.add_argument("--head", choices=HEADS, default="ridge")
     parser.add_argument("--models", nargs="+", type=architecture_name, default=MODELS, help="timm architectures")
-    parser.add_argument("--starts", nargs="+", choices=STARTS, default=STARTS[:3], help="weights to begin with")
+    parser.add_argument(
+        "--starts", nargs="+", choices=STARTS, default=("predicted", "random", "sgd"), help="weights to begin with"
+    )
     parser.add_argument("--shots", nargs="+", type=counts, default=[5, 20, 100, None], help="images a class, or all")
     parser.add_argument("--finetune", type=integer(0), default=0, metavar="STEPS", help="train on for so many")
     parser.add_argument("--rates", nargs="+", type=positive, default=[0.005, 0.05], help="learning rates to try")
@@ -183,8 +188,13 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     file = arguments.out / "your_data.json"
     torch.set_num_threads(1)
-    starts = sorted(arguments.starts, key=STARTS.index)  # SGD gets the seconds that the predicted one took
-    setting = [arguments.ghn, arguments.head, arguments.finetune, arguments.images, arguments.seed]
+    # SGD gets the seconds that the first predicted one took.
+    starts = [
+        (start, tag)
+        for start in sorted(arguments.starts, key=STARTS.index)
+        for tag in (arguments.ghn if start in PREDICTED else [""])
+    ]
+    setting = [arguments.head, arguments.finetune, arguments.images, arguments.seed]
 
     rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"] if file.exists() else []
     known = {json.dumps(row["of"]): row for row in rows}
@@ -197,13 +207,14 @@ def main() -> None:
         other = images(*another, arguments.holdout, arguments.device)[1]
         comparison = Comparison(arguments, name, shots(train_images, count, arguments.seed), tests, other)
         seconds = math.nan
-        for start in starts:
-            of = [Path(source).stem, size, count, name, start, *setting]
+        for start, tag in starts:
+            label = f"{start} by {tag}" if len(arguments.ghn) > 1 and tag else start
+            of = [Path(source).name.replace(".parquet", ""), size, count, name, label, tag, *setting]
             if (row := known.get(json.dumps(of))) is None:
-                row = {"of": of, "machine": machine(), **comparison.row(start, seconds)}
+                row = {"of": of, "machine": machine(), **comparison.row(start, tag, seconds)}
                 rows.append(row)
                 file.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-            seconds = row["seconds"] if start == "predicted" else seconds
+            seconds = row["seconds"] if start == "predicted" and math.isnan(seconds) else seconds
             shown.append(row)
     report(shown, arguments.out)
 
@@ -223,10 +234,11 @@ def report(rows: list[dict[str, Any]], directory: Path) -> None:
         if "finetuned" in row:
             top1[source, size, count].setdefault(f"{start}, trained on", {})[name] = row["finetuned"]
     columns = list(dict.fromkeys(start for found in top1.values() for start in found))
-    table = Table("images", "side", "of a class", *columns, "predicted ahead of random")
+    first = next((start for start in columns if start.startswith("predicted")), "")
+    table = Table("images", "side", "of a class", *columns, f"{first} ahead of random")
     for (source, size, count), found in top1.items():
         means = [f"{statistics.mean(found[start].values()):.1f}" if start in found else "" for start in columns]
-        predicted, random = found.get("predicted", {}), found.get("random", {})
+        predicted, random = found.get(first, {}), found.get("random", {})
         both = predicted.keys() & random.keys()
         ahead = f"{sum(predicted[name] > random[name] for name in both)} of {len(both)}"
         table.add_row(source, str(size), str(count or "all"), *means, ahead)
