@@ -128,8 +128,7 @@ def add_data_arguments(parser: argparse.ArgumentParser, several: bool = False) -
     data.add_argument(
         "--data", nargs="+" if several else None, default=["torch/cifar10"] if several else "torch/cifar10",
         metavar="DATA",
-        help="parquet file, image folder, torch/NAME or hfds/REPO; with #20-29 behind it, only these classes "
-        "(default: torch/cifar10)",
+        help="parquet file, image folder, torch/NAME or hfds/REPO; with #20-29 behind it, only these classes",
     )  # fmt: skip
     data.add_argument(
         "--holdout", type=integer(1), default=5000,

@@ -13,7 +13,7 @@ import torch
 
 from timm_ghn import ComputationGraph, draw_graph, trace
 from timm_ghn.evaluation.blocks import Blocks
-from timm_ghn.graph import PRIMITIVES
+from timm_ghn.hypernet.config import PUBLISHED_PRIMITIVES
 
 pytest.importorskip("igraph")
 
@@ -103,8 +103,8 @@ def test_boxes_do_not_overlap(name: str) -> None:
         assert all(right - left >= width for (left, width), (right, _) in pairwise(row))
 
 
-def test_every_primitive_has_a_colour() -> None:
-    ops = list(PRIMITIVES)
+def test_every_published_primitive_has_a_colour() -> None:
+    ops = list(PUBLISHED_PRIMITIVES)
     edges = torch.tensor([[i, i + 1, 1] for i in range(len(ops) - 1)])
     style = draw_graph(ComputationGraph(ops, ops, [None] * len(ops), edges))
     for op in ops:
