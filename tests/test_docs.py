@@ -57,7 +57,7 @@ SHORTER = {
     "timm-ghn zoo": "test_resnet",
     "timm-ghn adapt": "--candidates test_resnet --support 50 --holdout 20 --device cpu",
     "timm-ghn calibrate": "--support 50 --holdout 20 --device cpu",
-    "timm-ghn rank": "test_resnet --max-params 1M --support 50 --holdout 20 --device cpu",
+    "timm-ghn rank": "--support 50 --holdout 20 --device cpu",
     "python benchmarks/random_vs_ghn.py": "--models test_resnet --starts random predicted --rates 0.01 --seeds 1 "
     "--steps 5 --holdout 100 --images 20 --device cpu --out report",
 }
