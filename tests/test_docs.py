@@ -58,7 +58,7 @@ SHORTER = {
     "timm-ghn inspect": "--holdout 100 --image-size 64 --images 4",
     "timm-ghn adapt": "--candidates test_resnet --support 50 --holdout 20 --device cpu",
     "timm-ghn calibrate": "--support 50 --holdout 20 --device cpu",
-    "timm-ghn rank": "test_resnet --max-params 1M --support 50 --holdout 20 --device cpu",
+    "timm-ghn rank": "--support 50 --holdout 20 --device cpu",
     "python benchmarks/random_vs_ghn.py": "--models test_resnet --starts random predicted --rates 0.01 --seeds 1 "
     "--steps 5 --holdout 100 --images 20 --sections full transfer --device cpu --out report",
 }

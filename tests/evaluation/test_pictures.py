@@ -54,7 +54,7 @@ def test_a_point_says_what_it_is(tmp_path: Path) -> None:
     assert "<!-- better -->" in drawn and "<!-- worse -->" not in drawn, "names are those of the front"
     draw("embeddings", tmp_path / "embeddings.svg")
     drawn = (tmp_path / "embeddings.svg").read_text()
-    assert re.findall(r"<title>(.*?)</title>", drawn)[3] == "net3 (family1)" and "<!-- 3 other families -->" in drawn
+    assert "<title>net3 (family1)</title>" in drawn and "<!-- 3 other families -->" in drawn
 
 
 def test_pictures_need_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,13 @@ def test_limits_leave_out(stripes: Batches, ghn_file: Path) -> None:
     assert rank(names, stripes[:1], str(ghn_file), max_macs=1) == []
 
 
+def test_what_a_model_costs_whose_modules_are_called_with_parameters(stripes: Batches, ghn_file: Path) -> None:
+    model = timm.create_model("cait_xxs24_224", num_classes=10, img_size=32)
+    (row,) = rank([model], stripes[:1], str(ghn_file))
+    assert row.error is None and row.macs == 44_697_216
+    assert all(parameter.requires_grad and not parameter.is_meta for parameter in model.parameters())
+
+
 def test_the_same_candidates_are_measured_alike(stripes: Batches, ghn_file: Path) -> None:
     """What is not predicted is as random each time as the time before, whoever drew numbers in between."""
     state = torch.random.get_rng_state()

@@ -78,10 +78,12 @@ class Cost:
 def measured_cost(model: nn.Module, image: torch.Tensor) -> Cost:
     """What a model in eval mode costs, counted as it runs on one image [1, channels, height, width].
 
-    Both may be on the meta device, where the result is the same and takes neither arithmetic nor memory.
+    Both may be on the meta device, where the result is the same and takes neither arithmetic nor memory. The model's
+    parameters are without gradients afterwards.
     """
+    model.requires_grad_(False)  # under no_grad instead, the counter fails on modules that are called with a parameter
     # As plain products, attention is counted on every device.
-    with image.device, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with image.device, sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(image)
     return Cost(counter.get_total_flops() // 2, sum(parameter.numel() for parameter in model.parameters()))
 
