@@ -116,11 +116,10 @@ class Comparison:
     def adapted(self, start: str, tag: str, data: ImageDataset) -> nn.Module:
         model = self.build(start == "pretrained")
         if start in PREDICTED:
-            size = (3, data.image_size, data.image_size)
             predictor = ghn(tag, self.arguments.device)
             told = {"predicted": data, "mistold": self.other}.get(start) if predictor.config.conditioned else None
             task = None if told is None else timm_ghn.sketch(Batches(told, TEST_BATCH))
-            timm_ghn.initialize(model, predictor, head="keep", input_size=size, task=task)
+            timm_ghn.initialize(model, predictor, head="keep", task=task)
         timm_ghn.adapt(model, Batches(data, TEST_BATCH), self.arguments.head)
         return model
 
