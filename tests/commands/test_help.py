@@ -20,6 +20,7 @@ from timm_ghn.predictor import HEADS
 from timm_ghn.preparation import PREPARATIONS
 from timm_ghn.training.architectures import SPLITS
 from timm_ghn.training.config import PRESETS, SCHEDULES
+from timm_ghn.training.objectives import OBJECTIVES
 from timm_ghn.training.optimizers import OPTIMIZERS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,7 +87,7 @@ def test_what_prints_a_result_prints_it_as_json() -> None:
         ("predict", "--head", HEADS), ("predict", "--finetune", PREPARATIONS), ("adapt", "--head", adaptation.HEADS),
         ("rank", "--head", ranking.HEADS), ("evaluate", "--source", (*SPLITS, "zoo")), ("train", "--preset", PRESETS),
         ("train", "--optimizer", OPTIMIZERS), ("train", "--schedule", SCHEDULES), ("train", "--hypernet", HYPERNETS),
-        ("train", "--decoder", DECODERS),
+        ("train", "--decoder", DECODERS), ("train", "--head", OBJECTIVES),
     ],
 )  # fmt: skip
 def test_choices_are_those_there_are(command: str, option: str, registry: Any) -> None:

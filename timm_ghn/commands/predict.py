@@ -35,8 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the classification layer (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--finetune", choices=("conditioned", "orthogonal"), help="prepare the weights for training in this way"
-    )
+        "--finetune", choices=("conditioned", "orthogonal", "bounded"),
+        help="prepare the weights for training in this way",
+    )  # fmt: skip
     parser.add_argument(
         "--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="default: %(default)s"
     )
