@@ -1,5 +1,7 @@
 """Every command line and every piece of Python in README.md and docs/, run as they stand there, at a small size.
 
+The notebook's cells run one after the other without a kernel, which would be one more thing to install.
+
 Data lie where the documents say they do, 200 images of the demo in place of whole data sets; options are appended that
 make a command shorter; timm's own scripts, which are in no package, are short ones of the same options.
 """
@@ -10,6 +12,7 @@ import hashlib
 import json
 import os
 import pickle
+import pkgutil
 import re
 import runpy
 import shlex
@@ -30,19 +33,21 @@ from hub_server import HubServer
 from torchvision.datasets import CIFAR10
 
 import timm_ghn
-from timm_ghn import cli, demo
+from timm_ghn import cli, commands, demo
 from timm_ghn.commands import evaluate
 from timm_ghn.training.data import default_root, load_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "docs" / "tutorial.ipynb"]
 
 NOT_RUN = {
     "pip install": "fetches from an index of packages",
     "make demo": "makes an environment first; what it runs then has its tests in commands/test_cli.py",
     "make test": "is this suite",
     "ruff check": "is run beside this suite",
+    "timm-ghn demo": "is run by commands/test_cli.py",
     "timm-ghn verify ghn3_tm8": "needs the released file from the Hub",
+    "timm-ghn convert": "needs a published file; checkpoints/test_convert.py writes such",
     "python -m timm_ghn": "is a name, not a command line",
 }
 _TRAIN = (
@@ -59,6 +64,12 @@ SHORTER = {
     "timm-ghn adapt": "--candidates test_resnet --support 50 --holdout 20 --device cpu",
     "timm-ghn calibrate": "--support 50 --holdout 20 --device cpu",
     "timm-ghn rank": "test_resnet --max-params 1M --support 50 --holdout 20 --device cpu",
+    "python benchmarks/create_model.py": "--models test_resnet --repeats 1 --out report",
+    "python benchmarks/graph_layer.py": "--models test_resnet --batches 1 --repeats 1 --out report",
+    "python benchmarks/learning_rates.py": "--models test_resnet --rates 0.005 --warmups 0 --epochs 1 --images 20 "
+    "--out report",
+    "python benchmarks/training_step.py": "--architectures 1 --plain-architectures 1 --meta-batch 1 --batch-size 4 "
+    "--sources timm --out report",
     "python benchmarks/random_vs_ghn.py": "--models test_resnet --starts random predicted --rates 0.01 --seeds 1 "
     "--steps 5 --holdout 100 --images 20 --sections full transfer --device cpu --out report",
 }
@@ -78,6 +89,10 @@ for name, value in json.loads(pathlib.Path(__file__).with_name("cifar10.json").r
 def snippets(document: Path) -> Iterator[tuple[str, str]]:
     """What kind each piece of code is, "python" or "shell", and its text; blocks of output are passed over."""
     text = document.read_text(encoding="utf-8")
+    if document.suffix == ".ipynb":
+        cells = json.loads(text)["cells"]
+        yield from (("python", "".join(cell["source"])) for cell in cells if cell["cell_type"] == "code")
+        return
     for match in re.finditer(r"```(\w*)\n(.*?)```|`((?:timm-ghn|python|torchrun)\s[^`]+)`", text, re.DOTALL):
         language, block, inline = match.groups()
         if language == "python":
@@ -195,3 +210,20 @@ def test_all_of_a_document_runs(document: Path, place: Path, monkeypatch: pytest
             exec(compile(text, f"{document.name}: {text}", "exec"), known)
         else:
             run(text, monkeypatch)
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason='the manual is built by mkdocs: pip install -e ".[docs]"')
+    pytest.importorskip("mkdocstrings", reason='its reference is made by mkdocstrings: pip install -e ".[docs]"')
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    pages = {page.stem: page.read_text(encoding="utf-8") for page in (tmp_path / "site").glob("*.html")}
+    assert [name for name in timm_ghn.__all__ if f'id="timm_ghn.{name}"' not in pages["python"]] == []
+    names = [name for _, name, _ in pkgutil.iter_modules(commands.__path__)]
+    assert [name for name in names if f'<h2 id="{name}"' not in pages["command_line"]] == []
+    # Nothing is fetched when it is read: what is loaded, unlike what is linked, is beside the pages.
+    loads = r"<(?:script|img|link|source)\b[^>]*?\b(?:src|href)=[\"']?((?:https?:)?//[^\"' >]+)"
+    assert {stem: found for stem, text in pages.items() if (found := re.findall(loads, text))} == {}
