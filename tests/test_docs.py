@@ -49,6 +49,9 @@ NOT_RUN = {
     "timm-ghn verify ghn3_tm8": "needs the released file from the Hub",
     "timm-ghn convert": "needs a published file; checkpoints/test_convert.py writes such",
     "python benchmarks/learning_rates.py": "holds out more images than there are here",
+    "python benchmarks/create_model.py": "measures time, for minutes",
+    "python benchmarks/graph_layer.py": "likewise",
+    "python benchmarks/training_step.py": "likewise",
     "python -m timm_ghn": "is a name, not a command line",
 }
 _TRAIN = (
@@ -65,10 +68,6 @@ SHORTER = {
     "timm-ghn adapt": "--candidates test_resnet --support 50 --holdout 20 --device cpu",
     "timm-ghn calibrate": "--support 50 --holdout 20 --device cpu",
     "timm-ghn rank": "test_resnet --max-params 1M --support 50 --holdout 20 --device cpu",
-    "python benchmarks/create_model.py": "--models test_resnet --repeats 1 --out report",
-    "python benchmarks/graph_layer.py": "--models test_resnet --batches 1 --repeats 1 --out report",
-    "python benchmarks/training_step.py": "--architectures 1 --plain-architectures 1 --meta-batch 1 --batch-size 4 "
-    "--sources timm --out report",
     "python benchmarks/random_vs_ghn.py": "--models test_resnet --starts random predicted --rates 0.01 --seeds 1 "
     "--steps 5 --holdout 100 --images 20 --sections full transfer --device cpu --out report",
 }
