@@ -1,5 +1,7 @@
 """Every command line and every piece of Python in README.md and docs/, run as they stand there, at a small size.
 
+The notebook's cells run one after the other without a kernel, which would be one more thing to install.
+
 Data lie where the documents say they do, 200 images of the demo in place of whole data sets; options are appended that
 make a command shorter; timm's own scripts, which are in no package, are short ones of the same options.
 """
@@ -10,6 +12,7 @@ import hashlib
 import json
 import os
 import pickle
+import pkgutil
 import re
 import runpy
 import shlex
@@ -30,19 +33,25 @@ from hub_server import HubServer
 from torchvision.datasets import CIFAR10
 
 import timm_ghn
-from timm_ghn import cli, demo
+from timm_ghn import cli, commands, demo
 from timm_ghn.commands import evaluate
 from timm_ghn.training.data import default_root, load_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "docs" / "tutorial.ipynb"]
 
 NOT_RUN = {
     "pip install": "fetches from an index of packages",
     "make demo": "makes an environment first; what it runs then has its tests in commands/test_cli.py",
     "make test": "is this suite",
     "ruff check": "is run beside this suite",
+    "timm-ghn demo": "is run by commands/test_cli.py",
     "timm-ghn verify ghn3_tm8": "needs the released file from the Hub",
+    "timm-ghn convert": "needs a published file; checkpoints/test_convert.py writes such",
+    "python benchmarks/learning_rates.py": "holds out more images than there are here",
+    "python benchmarks/create_model.py": "measures time, for minutes",
+    "python benchmarks/graph_layer.py": "likewise",
+    "python benchmarks/training_step.py": "likewise",
     "python -m timm_ghn": "is a name, not a command line",
 }
 _TRAIN = (
@@ -51,7 +60,7 @@ _TRAIN = (
 )
 SHORTER = {
     "timm-ghn train": _TRAIN,
-    "torchrun --nproc-per-node 2 -m timm_ghn.training": _TRAIN,
+    "torchrun --nproc-per-node 1 -m timm_ghn.training": _TRAIN,
     "timm-ghn evaluate .*--source zoo": "--names test_resnet",
     "timm-ghn evaluate": "--images 20 --holdout 100 --architectures 1 --device cpu",
     "timm-ghn zoo": "test_resnet",
@@ -78,6 +87,10 @@ for name, value in json.loads(pathlib.Path(__file__).with_name("cifar10.json").r
 def snippets(document: Path) -> Iterator[tuple[str, str]]:
     """What kind each piece of code is, "python" or "shell", and its text; blocks of output are passed over."""
     text = document.read_text(encoding="utf-8")
+    if document.suffix == ".ipynb":
+        cells = json.loads(text)["cells"]
+        yield from (("python", "".join(cell["source"])) for cell in cells if cell["cell_type"] == "code")
+        return
     for match in re.finditer(r"```(\w*)\n(.*?)```|`((?:timm-ghn|python|torchrun)\s[^`]+)`", text, re.DOTALL):
         language, block, inline = match.groups()
         if language == "python":
@@ -195,3 +208,21 @@ def test_all_of_a_document_runs(document: Path, place: Path, monkeypatch: pytest
             exec(compile(text, f"{document.name}: {text}", "exec"), known)
         else:
             run(text, monkeypatch)
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason='the manual is built by mkdocs: pip install -e ".[docs]"')
+    pytest.importorskip("mkdocstrings", reason='its reference is made by mkdocstrings: pip install -e ".[docs]"')
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    pages = {page.stem: page.read_text(encoding="utf-8") for page in (tmp_path / "site").glob("*.html")}
+    described = {address.rpartition(".")[2] for address in re.findall(r'id="(timm_ghn\.[\w.]+)"', pages["python"])}
+    assert {*timm_ghn.__all__} <= described
+    names = [name for _, name, _ in pkgutil.iter_modules(commands.__path__)]
+    assert [name for name in names if f'<h2 id="{name}"' not in pages["command_line"]] == []
+    # Nothing is fetched when it is read: what is loaded, unlike what is linked, is beside the pages.
+    loads = r"<(?:script|img|link|source)\b[^>]*?\b(?:src|href)=[\"']?((?:https?:)?//[^\"' >]+)"
+    assert {stem: found for stem, text in pages.items() if (found := re.findall(loads, text))} == {}
