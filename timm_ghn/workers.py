@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -30,10 +31,9 @@ def process_pool(
     """
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (initializer, initargs))
     try:
-        _hold_interrupts(True)
-        for _ in range(workers):
-            pool.submit(int)  # the first tasks start the processes
-        _hold_interrupts(False)
+        with _interrupts_held():
+            for _ in range(workers):
+                pool.submit(int)  # the first tasks start the processes
         yield pool
     except BrokenProcessPool as error:
         raise GHNError("A worker process was killed, most likely for want of memory: use fewer --workers.") from error
@@ -41,15 +41,30 @@ def process_pool(
         pool.shutdown(cancel_futures=True)
 
 
-def _hold_interrupts(hold: bool) -> None:
-    """Keeps Ctrl-C waiting, here and in processes that start now, each until it lets it through itself."""
-    if sys.platform != "win32":
-        if hold:
-            resource_tracker.ensure_running()  # whose start would let it through
-        signal.pthread_sigmask(signal.SIG_BLOCK if hold else signal.SIG_UNBLOCK, {signal.SIGINT})
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Keeps Ctrl-C waiting, and in processes that start meanwhile until they let it through themselves."""
+    if sys.platform == "win32":
+        yield
+        return
+    resource_tracker.ensure_running()  # whose start would let it through
+    noted: list[int] = []
+    in_main = threading.current_thread() is threading.main_thread()
+    # A thread that others started before may receive it for all of them, so that a mask alone does not hold it back.
+    before: Any = signal.signal(signal.SIGINT, lambda number, _: noted.append(number)) if in_main else None
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        if in_main:
+            signal.signal(signal.SIGINT, before)
+    if noted:
+        raise KeyboardInterrupt
 
 
 def _start_worker(initializer: Callable[..., object], initargs: tuple[Any, ...]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    _hold_interrupts(False)
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     initializer(*initargs)
