@@ -49,6 +49,8 @@ NOT_RUN = {
     "timm-ghn verify ghn3_tm8": "needs the released file from the Hub",
     "timm-ghn convert": "needs a published file; checkpoints/test_convert.py writes such",
     "python benchmarks/learning_rates.py": "holds out more images than there are here",
+    "python benchmarks/random_vs_ghn.py": "is run by test_random_vs_ghn.py",
+    "python benchmarks/your_data.py": "is run by test_your_data.py",
     "python benchmarks/create_model.py": "measures time, for minutes",
     "python benchmarks/graph_layer.py": "likewise",
     "python benchmarks/training_step.py": "likewise",
@@ -68,8 +70,6 @@ SHORTER = {
     "timm-ghn adapt": "--candidates test_resnet --support 50 --holdout 20 --device cpu",
     "timm-ghn calibrate": "--support 50 --holdout 20 --device cpu",
     "timm-ghn rank": "--support 50 --holdout 20 --device cpu",
-    "python benchmarks/random_vs_ghn.py": "--models test_resnet --starts random predicted --rates 0.01 --seeds 1 "
-    "--steps 5 --holdout 100 --images 20 --sections full transfer --device cpu --out report",
 }
 # What stands for a user's own, or is too much for a test.
 PLACEHOLDERS = {
