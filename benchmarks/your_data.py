@@ -5,11 +5,12 @@ For each data set, number of images a class and architecture: the held-out accur
 and of a third that SGD trains from random weights for as many seconds as the predicted one took in all. With
 --finetune, the adapted networks are trained on for so many steps of SGD. Each training has the rate that is best when
 one half of its images is trained on and the other looked at. "pretrained" weights are timm's, where they can be had.
-A GHN that is conditioned on tasks is told of the images; "untold" and "mistold" are its predictions without, and with
-the sketch of another one of the data sets. With several GHNs, each predicts.
+A GHN that is conditioned on tasks can be told of the images: "told" and "mistold" are predictions with their sketch
+and with that of another one of the data sets. With several GHNs, each predicts.
 
 Data sets are those of timm-ghn train, each with the side that its images are brought to behind a colon. Rows are kept
-in DIR/your_data.json as they come, and not measured again.
+in DIR/your_data.json as they come, and not measured again; the table and the picture are of all that are there with the
+same head, steps, images and seed.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ MODELS = (
     "resnet10t", "regnetx_002", "dla46_c", "mobilenetv3_small_050", "edgenext_xx_small", "convnext_atto",
     "mobilevit_xxs", "vit_tiny_patch16_224",
 )  # fmt: skip
-PREDICTED = ("predicted", "untold", "mistold")
+PREDICTED = ("predicted", "told", "mistold")
 STARTS = (*PREDICTED, "random", "sgd", "pretrained")
 BATCH = 32
 TEST_BATCH = 100
@@ -117,7 +118,7 @@ class Comparison:
         model = self.build(start == "pretrained")
         if start in PREDICTED:
             predictor = ghn(tag, self.arguments.device)
-            told = {"predicted": data, "mistold": self.other}.get(start) if predictor.config.conditioned else None
+            told = {"told": data, "mistold": self.other}.get(start)
             task = None if told is None else timm_ghn.sketch(Batches(told, TEST_BATCH))
             timm_ghn.initialize(model, predictor, head="keep", task=task)
         timm_ghn.adapt(model, Batches(data, TEST_BATCH), self.arguments.head)
@@ -192,12 +193,12 @@ def main() -> None:
         (start, tag)
         for start in sorted(arguments.starts, key=STARTS.index)
         for tag in (arguments.ghn if start in PREDICTED else [""])
+        if start == "predicted" or tag == "" or ghn(tag, arguments.device).config.conditioned
     ]
-    setting = [arguments.head, arguments.finetune, arguments.images, arguments.seed]
+    setting = [arguments.head, arguments.finetune, arguments.images, arguments.holdout, arguments.seed]
 
     rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"] if file.exists() else []
     known = {json.dumps(row["of"]): row for row in rows}
-    shown: list[dict[str, Any]] = []
     cases = itertools.product(arguments.data, arguments.shots, arguments.models)
     for (source, size), count, name in tqdm(list(cases), desc="measuring", unit="network"):
         train_images, held_out = images(source, size, arguments.holdout, arguments.device)
@@ -214,8 +215,7 @@ def main() -> None:
                 rows.append(row)
                 file.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
             seconds = row["seconds"] if start == "predicted" and math.isnan(seconds) else seconds
-            shown.append(row)
-    report(shown, arguments.out)
+    report([row for row in rows if row["of"][-len(setting) :] == setting], arguments.out)
 
 
 @functools.cache
@@ -232,6 +232,7 @@ def report(rows: list[dict[str, Any]], directory: Path) -> None:
         top1.setdefault((source, size, count), {}).setdefault(start, {})[name] = row["top1"]
         if "finetuned" in row:
             top1[source, size, count].setdefault(f"{start}, trained on", {})[name] = row["finetuned"]
+    top1 = dict(sorted(top1.items(), key=lambda item: (*item[0][:2], item[0][2] or math.inf)))
     columns = list(dict.fromkeys(start for found in top1.values() for start in found))
     first = next((start for start in columns if start.startswith("predicted")), "")
     table = Table("images", "side", "of a class", *columns, f"{first} ahead of random")

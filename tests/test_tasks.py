@@ -146,6 +146,19 @@ def test_a_task_changes_what_is_predicted_once_that_was_learnt() -> None:
         torch.testing.assert_close(tile(tiles["layer1.0.conv1.weight"], (32, 32, 3, 3)), kernel(told, task))
 
 
+def test_a_size_that_training_never_showed_changes_nothing(tmp_path: Path) -> None:
+    """All its images have one size."""
+    trainer(tmp_path, dataclasses.replace(CONFIG, steps=3)).run()
+    ghn, model = load_ghn(str(tmp_path)), timm.create_model("test_resnet", num_classes=3)
+    x, y = TRAIN[0].batch(torch.arange(20))
+    small = timm_ghn.sketch([(x, y)])
+    larger = small.clone()
+    larger[-2] += 1  # octave
+    assert timm_ghn.sketch([(F.interpolate(x, size=2 * SIZE), y)])[-2] == larger[-2]
+    kernels = [Predictor(ghn, task=task).predict(model)["layer1.0.conv1.weight"] for task in (small, larger)]
+    torch.testing.assert_close(*kernels)
+
+
 def test_a_head_or_task_that_a_ghn_has_no_use_for_is_refused() -> None:
     headless = new_ghn(dataclasses.replace(CONFIG.ghn, conditioned=False), 0)
     with pytest.raises(ValueError, match=r"predicts no classification layer; fit one with `adapt`"):
@@ -190,8 +203,7 @@ def test_it_learns_and_its_networks_take_anybodys_classes(tmp_path: Path) -> Non
     timm_ghn.register("tasks-test", str(tmp_path))
     batches = [data.batch(rows) for rows in torch.arange(70).split(35)]
     model = timm.create_model("test_resnet", pretrained_cfg="tasks-test", num_classes=7, ghn_kwargs={"data": batches})
-    task = timm_ghn.sketch(batches)
-    expected = timm_ghn.predict(model, ghn, head="keep", task=task)["layer1.0.conv1.weight"]
+    expected = timm_ghn.predict(model, ghn, head="keep")["layer1.0.conv1.weight"]
     torch.testing.assert_close(model.get_parameter("layer1.0.conv1.weight").detach(), expected)
     assert "ghn_kwargs" in (tmp_path / "README.md").read_text()
 

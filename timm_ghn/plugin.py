@@ -26,7 +26,7 @@ from .checkpoints.catalog import CATALOG
 from .checkpoints.load import load_ghn, stated_config
 from .errors import CheckpointError, GHNError
 from .evaluation.adaptation import adapt
-from .hypernet import Images, sketch
+from .hypernet import Images
 from .predictor import Predictor, initialize
 from .pretrained_cfg import WEIGHTS_FIELDS, label, prepared
 
@@ -308,8 +308,6 @@ def _model_entrypoint(
         data, preparation = ghn_kwargs.pop("data", None), ghn_kwargs.pop("finetune", None)
         if data is not None:
             ghn_kwargs["head"] = "keep"  # it will be theirs
-            if ghn.config.conditioned:
-                ghn_kwargs.setdefault("task", sketch(data))
         build = functools.partial(build, ghn.config.images, ghn_kwargs.get("head") != "keep")
         model, report = Predictor(ghn, preparation=preparation, **ghn_kwargs).create(build)
         logger.info("%s by %s:\n%s", model_name, tag, report)

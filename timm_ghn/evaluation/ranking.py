@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..checkpoints.catalog import CATALOG
 from ..checkpoints.load import load_ghn
 from ..graph.meta_copy import meta_copy
-from ..hypernet import GHN, sketch
+from ..hypernet import GHN
 from ..lazy_init import on_meta
 from ..prediction import write
 from ..predictor import Predictor
@@ -194,8 +194,7 @@ def measured(
         on the GHN's device if it was made from a name; None if it cannot be built, traced or run on these images.
     """
     size = next(iter(test))[0].shape[1:]
-    task = sketch(support) if ghn.config.conditioned else None
-    predictor = Predictor(ghn, "predict" if head == "predict" else "keep", task=task)
+    predictor = Predictor(ghn, "predict" if head == "predict" else "keep")
     for candidate in models:
         row, model = Ranked(candidate if isinstance(candidate, str) else type(candidate).__name__), None
         started = time.perf_counter()

@@ -18,6 +18,7 @@ _SMALL = 1e-2  # added before logarithms
 _HIDDEN = 64
 _CLASSES = 10  # that a sketch counts from
 _STATISTICS = 13  # of an image
+_SIZE = -2  # its place in a sketch
 
 # First and second derivatives, from the orthonormal cosine basis of three points.
 _BASIS = torch.tensor([[3**-0.5] * 3, [2**-0.5, 0.0, -(2**-0.5)], [6**-0.5, -2 * 6**-0.5, 6**-0.5]])
@@ -99,6 +100,8 @@ class TaskModulation(nn.Module):
         self.mlp = MLP(SKETCH, _HIDDEN, 2 * hid)
         for parameter in self.mlp.fc[-1].parameters():
             nn.init.zeros_(parameter)
+        # Where all images of a training have one size, nothing is learnt of it, and another one must change nothing.
+        nn.init.zeros_(self.mlp.tensors()[0][:, _SIZE])
 
     def forward(self, states: Tensor, sizes: Sequence[int], tasks: Sequence[Tensor | None]) -> Tensor:
         """States [N, d] of the nodes of networks that have so many each, and the networks' sketches."""
