@@ -289,6 +289,18 @@ def test_resuming_under_another_config_or_on_other_images(uninterrupted: Path) -
         Trainer(CONFIG, images(60, seed=5), VAL, uninterrupted, workers=0, resume=True)
 
 
+def test_a_run_that_states_its_images_alone_resumes(uninterrupted: Path, tmp_path: Path) -> None:
+    """As those did that could only have one data set."""
+    tensors, state = load_checkpoint(uninterrupted / "checkpoints")
+    (state["data"],) = state["data"]
+    save_checkpoint(tmp_path / "checkpoints", state["step"], tensors, state)
+    assert trainer(tmp_path, resume=True).step == CONFIG.steps
+    state["data"]["images"] += 1
+    save_checkpoint(tmp_path / "other" / "checkpoints", state["step"], tensors, state)
+    with pytest.raises(TrainingError, match="trained on other images"):
+        trainer(tmp_path / "other", resume=True)
+
+
 def test_a_damaged_checkpoint(tmp_path: Path) -> None:
     trainer(tmp_path).run(until=1)
     (directory,) = (tmp_path / "checkpoints").iterdir()

@@ -419,7 +419,9 @@ class Trainer:
                         f"The run in {self.directory} has {name} = {saved[name]}, not {config[name]}; resume it under "
                         "its own config, or start another run from its weights."
                     )
-            if state["data"] != self.objective.facts():
+            data = state["data"]
+            # Runs from before there were several data sets state theirs alone.
+            if ([data] if isinstance(data, dict) else data) != self.objective.facts():
                 raise TrainingError(f"The run in {self.directory} trained on other images; give it the same data.")
             self.ghn.load_state_dict(tensors["ghn"])
             self.ema.load_state_dict(tensors["ema"])
