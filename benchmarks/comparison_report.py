@@ -11,12 +11,18 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import html_page
 import matplotlib
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 NAME = "random_vs_ghn"
+INTRODUCTION = (
+    "Each architecture trains from different starts on the same images in the same order, with the same augmentation, "
+    "optimiser and schedule; each start has the learning rate that serves it best, chosen on other images and another "
+    "seed."
+)
 COLORS = {"random": "#777777", "predicted": "#1f77b4", "pretrained": "#9467bd"}
 OTHER_COLORS = ("#2ca02c", "#d62728", "#ff7f0e", "#8c564b")
 
@@ -262,49 +268,15 @@ def plot(section: Row) -> Figure:
     return figure
 
 
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>Predicted weights against random init</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }}
-table {{ border-collapse: collapse; font-size: 12px; display: block; overflow-x: auto; }}
-th, td {{ padding: 2px 8px; text-align: right; border-bottom: 1px solid #eee; white-space: nowrap; }}
-th:nth-child(-n+2), td:nth-child(-n+2) {{ text-align: left; }}
-tr.first td {{ border-top: 1px solid #999; }}
-svg {{ width: 100%; height: auto; }}
-code {{ background: #f4f4f4; }}
-</style>
-<h1>Predicted weights against random init</h1>
-<p>Each architecture trains from different starts on the same images in the same order, with the same augmentation,
-optimiser and schedule; each start has the learning rate that serves it best, chosen on other images and another
-seed.</p>
-{sections}
-<h2>What was measured on what</h2>
-<ul>{notes}</ul>
-<pre>{command}</pre>
-</html>
-"""
-
-
 def page(result: Row, pictures: list[str]) -> str:
     """The whole report as one HTML file that needs nothing else."""
-    sections = []
+    body = [f"<p>{INTRODUCTION}</p>"]
     for section, picture in zip(result["sections"], pictures, strict=True):
         header, rows = accuracy_table(section)
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-        body, last = [], ""
-        for row in rows:
-            cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
-            body.append(f'<tr class="{"first" if row[0] != last else ""}">{cells}</tr>')
-            last = row[0]
-        sections.append(
+        body.append(
             f"<h2>{html.escape(section['title'])}</h2>"
             f"<p>{section['steps']} steps of {result['batch']} images.</p>"
             f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in verdicts(section))}</ul>"
-            f"{picture[picture.index('<svg') :]}"
-            f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+            f"{html_page.picture(picture)}{html_page.table('', [header, *rows])}"
         )
-    return _PAGE.format(
-        sections="".join(sections),
-        notes="".join(f"<li>{html.escape(line)}</li>" for line in notes(result)),
-        command=html.escape(json.dumps(result["command"], indent=1)),
-    )
+    return html_page.page("Predicted weights against random init", body, notes(result), result["command"])

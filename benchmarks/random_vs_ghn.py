@@ -25,7 +25,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -108,7 +108,8 @@ class Run:
         return json.dumps([*section, *run, *setting, of])
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Runs what is not in the store yet, and returns what the report is made of."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="torch/cifar10", help="what the GHN was trained on (default: %(default)s)")
     parser.add_argument("--transfer", help="another data set: parquet file, image folder, torch/NAME or hfds/REPO")
@@ -126,7 +127,7 @@ def main() -> None:
     parser.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--download", action="store_true", help="let torch/… fetch what is missing")
     parser.add_argument("--out", type=output_directory, default=str(Path(__file__).parent / "results"), metavar="DIR")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if "random" not in arguments.starts:
         parser.error("--starts must have random in it: everything is compared with it.")
     if arguments.optimizer not in list_optimizers():
@@ -149,6 +150,7 @@ def main() -> None:
     }
     comparison_report.write(result, arguments.out)
     comparison_report.show(result)
+    return result
 
 
 def compare(

@@ -23,7 +23,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -165,7 +165,8 @@ def counts(text: str) -> int | None:
     return None if text == "all" else integer(1)(text)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> list[list[str]]:
+    """Measures what is not measured yet, and returns the table of means, its first row the header."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="+", type=data_set, metavar="SOURCE:SIDE", help="what to adapt to")
     parser.add_argument(
@@ -184,7 +185,7 @@ def main() -> None:
     parser.add_argument("--seed", type=integer(0), default=0)
     parser.add_argument("--device", type=device_name, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=output_directory, default=str(Path(__file__).parent / "results"), metavar="DIR")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     arguments.out.mkdir(parents=True, exist_ok=True)
     file = arguments.out / "your_data.json"
     torch.set_num_threads(1)
@@ -215,7 +216,7 @@ def main() -> None:
                 rows.append(row)
                 file.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
             seconds = row["seconds"] if start == "predicted" and math.isnan(seconds) else seconds
-    report([row for row in rows if row["of"][-len(setting) :] == setting], arguments.out)
+    return report([row for row in rows if row["of"][-len(setting) :] == setting], arguments.out)
 
 
 @functools.cache
@@ -224,8 +225,8 @@ def images(source: str, size: int, holdout: int, device: str) -> tuple[ImageData
     return train.to(device), held_out.to(device)
 
 
-def report(rows: list[dict[str, Any]], directory: Path) -> None:
-    """Means over the architectures, as a table and a picture."""
+def report(rows: list[dict[str, Any]], directory: Path) -> list[list[str]]:
+    """Means over the architectures, printed as a table, which is returned, and drawn as a picture."""
     top1: dict[tuple[str, int, int | None], dict[str, dict[str, float]]] = {}
     for row in rows:
         source, size, count, name, start = row["of"][:5]
@@ -235,13 +236,16 @@ def report(rows: list[dict[str, Any]], directory: Path) -> None:
     top1 = dict(sorted(top1.items(), key=lambda item: (*item[0][:2], item[0][2] or math.inf)))
     columns = list(dict.fromkeys(start for found in top1.values() for start in found))
     first = next((start for start in columns if start.startswith("predicted")), "")
-    table = Table("images", "side", "of a class", *columns, f"{first} ahead of random")
+    cells = [["images", "side", "of a class", *columns, f"{first} ahead of random"]]
     for (source, size, count), found in top1.items():
         means = [f"{statistics.mean(found[start].values()):.1f}" if start in found else "" for start in columns]
         predicted, random = found.get(first, {}), found.get("random", {})
         both = predicted.keys() & random.keys()
         ahead = f"{sum(predicted[name] > random[name] for name in both)} of {len(both)}"
-        table.add_row(source, str(size), str(count or "all"), *means, ahead)
+        cells.append([source, str(size), str(count or "all"), *means, ahead])
+    table = Table(*cells[0])
+    for line in cells[1:]:
+        table.add_row(*line)
     Console(width=120).print(f"{machine()}; top-1, %, mean over architectures", table)
 
     sources = list(dict.fromkeys((source, size) for source, size, _ in top1))
@@ -256,6 +260,7 @@ def report(rows: list[dict[str, Any]], directory: Path) -> None:
         axes.set_xticks(places, [str(count or "all") for count in of_source])
     axes.legend()
     figure.savefig(directory / "your_data.png")
+    return cells
 
 
 if __name__ == "__main__":

@@ -1,0 +1,68 @@
+"""The benchmark that says what predicted weights are worth in steps of SGD, at a small size."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from timm_ghn import demo
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.mark.slow
+def test_every_section_is_measured_once(
+    tmp_path: Path, run_benchmark: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import paper
+
+    small = "test_resnet"
+    monkeypatch.setattr(paper, "RANKED", [f"timm:test:{index}:6000000" for index in (2, 8, 12)])
+    monkeypatch.setattr(paper, "GROUPS", {"real": [small], "deepnets bnfree": ["deepnets:bnfree:1"]})
+    monkeypatch.setattr(paper, "LONG_NETWORKS", 0)
+    arguments = [
+        "--data", str(demo.IMAGES), "--holdout", "60", "--images", "40", "--epochs", "0.3", "1", "--models", small,
+        "--transfer", f"{demo.IMAGES}:32", "--steps", "5", "--device", "cpu", "--out", str(tmp_path),
+    ]  # fmt: skip
+    run_benchmark("paper", *arguments, "--sections", "ranking", "sgd")
+    measured = (tmp_path / "paper.jsonl").read_text()
+    run_benchmark("paper", *arguments)
+    assert (tmp_path / "paper.jsonl").read_text() == measured
+
+    report = json.loads((tmp_path / "paper.json").read_text())
+    assert {name: found["networks"] for name, found in report["summary"]["sgd"].items()} == {
+        "ranked": 3, "real": 1, "deepnets bnfree": 1
+    }  # fmt: skip
+    assert set(report["summary"]["ranking"]) >= {"predicted weights", "parameters", "1 steps of SGD"}
+    assert [len(cells) for _, cells in report["others"]] == [2, 5]
+    for name in ("paper.md", "paper.html", "paper.png", "paper.svg", "paper_ranking.png", "paper_ranking.svg"):
+        assert (tmp_path / name).stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "steps"),
+    [({10: 20.0, 100: 40.0}, 10.0), ({10: 15.0, 100: 19.0}, None), ({10: 30.0, 100: 40.0}, 2.3166)],
+)
+def test_steps_to_reach_an_accuracy(
+    accuracies: dict[int, float], steps: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import paper_report
+
+    row = {"predicted": {"test": 20.0}, "sgd": {length: {"test": value} for length, value in accuracies.items()}}
+    assert paper_report.steps_to_reach(row, classes=10) == (None if steps is None else pytest.approx(steps, rel=1e-3))
+
+
+def test_held_out_tau_of_an_order_and_of_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import numpy as np
+    import paper_report
+
+    generator = np.random.default_rng(0)
+    features = generator.normal(size=(40, 3))
+    assert paper_report.held_out_tau(features, features @ [1, 2, 3])[0] > 0.95
+    assert abs(paper_report.held_out_tau(features, generator.normal(size=40))[0]) < 0.2
