@@ -29,10 +29,10 @@ import json
 import statistics
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +83,8 @@ def scenes(data: ImageDataset, count: int, side: int, seed: int) -> Scenes:
         means = images.mean((2, 3), keepdim=True)
         phases = torch.fft.rfft2(torch.randn(count, 1, side, side, generator=generator)).angle().to(images.device)
         strengths = torch.fft.rfft2(images - means).abs()
-        return means + torch.fft.irfft2(torch.polar(strengths, phases.expand_as(strengths)), s=(side, side))
+        scrambled: Tensor = torch.fft.irfft2(torch.polar(strengths, phases.expand_as(strengths)), s=(side, side))
+        return means + scrambled
 
     canvas = texture()
     truth = torch.full((count, side, side), data.num_classes, device=canvas.device)
@@ -120,10 +121,11 @@ class Head(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, stages: Sequence[Tensor]) -> Tensor:
-        logits = 0
-        for norm, classifier, stage in zip(self.norms, self.classifiers, stages, strict=True):
-            logits = logits + F.interpolate(classifier(norm(stage)), size=self.side // 4, mode="bilinear")
-        return F.interpolate(logits, size=self.side, mode="bilinear")
+        logits = [
+            F.interpolate(classifier(norm(stage)), size=self.side // 4, mode="bilinear")
+            for norm, classifier, stage in zip(self.norms, self.classifiers, stages, strict=True)
+        ]
+        return F.interpolate(torch.stack(logits).sum(0), size=self.side, mode="bilinear")
 
 
 def build(arguments: argparse.Namespace, name: str, start: str, classes: int, seed: int) -> nn.Sequential:
@@ -134,7 +136,8 @@ def build(arguments: argparse.Namespace, name: str, start: str, classes: int, se
         head = Head(backbone.feature_info.channels(), classes, arguments.canvas)
     if start == "predicted":
         timm_ghn.initialize(backbone, load_ghn(arguments.ghn))
-    return nn.Sequential(backbone, head).to(arguments.device, memory_format=torch.channels_last)
+    network: nn.Sequential = nn.Sequential(backbone, head).to(arguments.device)
+    return network.to(memory_format=torch.channels_last)
 
 
 def fit(
@@ -171,15 +174,14 @@ def figures(found: Tensor, truth: Tensor) -> dict[str, float]:
 
 
 def compare(
-    arguments: argparse.Namespace, network: nn.Sequential, rates: dict[str, Sequence[float]], *of: Scenes
+    arguments: argparse.Namespace, network: nn.Sequential, rates: Mapping[str, Sequence[float]], *of: Scenes
 ) -> dict[str, Any]:
     """Both trainings of a network, at the better of the rates, on scenes to train, choose and test with."""
     (images, truth), validation, test = of
     calibration = images[: 5 * TEST_BATCH].split(TEST_BATCH)
-    backbone, _ = timm_ghn.calibrate(network, calibration).eval()
+    timm_ghn.calibrate(network, calibration).eval()
     with torch.no_grad():
-        parts = [backbone(part) for part in images.split(TEST_BATCH)]
-    stages = [torch.cat(stage) for stage in zip(*parts, strict=True)]
+        stages = [torch.cat(parts) for parts in zip(*map(network[0], images.split(TEST_BATCH)), strict=True)]
 
     def trained(training: str, rate: float) -> nn.Module:
         copied = copy.deepcopy(network)
@@ -195,7 +197,7 @@ def compare(
         judged = {rate: figures(answers(networks[rate], validation[0]), validation[1]) for rate in networks}
         rate = max(networks, key=lambda rate: judged[rate]["miou"])
         found = answers(networks[rate], test[0])
-        validated = {str(rate): found["miou"] for rate, found in judged.items()}
+        validated = {str(rate): judged[rate]["miou"] for rate in judged}
         row[training] = {**figures(found, test[1]), "rate": rate, "validation": validated}
         row["shown"] = base64.b64encode(zlib.compress(found[:SHOWN].to("cpu", torch.uint8).numpy().tobytes())).decode()
     return row
@@ -208,7 +210,7 @@ def measure(
     file = arguments.out / "dense.json"
     known: list[dict[str, Any]] = json.loads(file.read_text())["rows"] if file.exists() else []
     names = ("image_size", "holdout", "canvas", "scenes", "test_scenes", "steps", "batch")
-    rates = {training: getattr(arguments, f"{training}_rates") for training in TRAININGS}
+    rates = dict(zip(TRAININGS, (arguments.probe_rates, arguments.whole_rates), strict=True))
     setting = [Path(arguments.data).name, *(getattr(arguments, name) for name in names), rates]
     rows: list[dict[str, Any]] = []
     cases = itertools.product(arguments.models, STARTS, range(arguments.seeds))
@@ -232,13 +234,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_ghn_argument(parser)
     parser.add_argument("--models", nargs="+", type=architecture_name, default=MODELS, help="timm architectures")
     parser.add_argument("--canvas", type=integer(32), default=64, help="side of a scene (default: %(default)s)")
-    parser.add_argument("--scenes", type=integer(1), default=400, help="to train on (default: %(default)s)")
-    parser.add_argument("--test-scenes", type=integer(SHOWN), default=200, help="and to validate on (%(default)s)")
-    parser.add_argument("--steps", type=integer(2), default=300, help="of each training (default: %(default)s)")
+    parser.add_argument("--scenes", type=integer(1), default=300, help="to train on (default: %(default)s)")
+    parser.add_argument("--test-scenes", type=integer(SHOWN), default=150, help="and to validate on (%(default)s)")
+    parser.add_argument("--steps", type=integer(2), default=200, help="of each training (default: %(default)s)")
     parser.add_argument("--batch", type=integer(2), default=8, help="scenes in a step (default: %(default)s)")
-    for training, rates in (("probe", [0.003, 0.01]), ("whole", [0.001, 0.004])):
-        text = "learning rates to try (default: %(default)s)"
-        parser.add_argument(f"--{training}-rates", nargs="+", type=positive, default=rates, help=text)
+    for option, rates in (("--probe-rates", [0.003, 0.01]), ("--whole-rates", [0.001, 0.004])):
+        parser.add_argument(option, nargs="+", type=positive, default=rates, help="to try (default: %(default)s)")
     parser.add_argument("--seeds", type=integer(1), default=2, help="networks of each kind (default: %(default)s)")
     add_device_argument(parser)
     parser.add_argument("--out", type=output_directory, default=str(Path(__file__).parent / "results"), metavar="DIR")
@@ -259,7 +260,7 @@ def report(rows: list[dict[str, Any]], data: ImageDataset, test: Scenes, directo
     models = list(dict.fromkeys(row["of"][0] for row in rows))
 
     def mean(name: str, start: str, training: str, figure: str) -> float:
-        return statistics.mean(row[training][figure] for row in rows if row["of"][:2] == [name, start])
+        return statistics.fmean(row[training][figure] for row in rows if row["of"][:2] == [name, start])
 
     table = Table("model", "training", *(f"{figure}, {start}" for figure in FIGURES for start in STARTS))
     for training, name in itertools.product(TRAININGS, models):
@@ -269,11 +270,12 @@ def report(rows: list[dict[str, Any]], data: ImageDataset, test: Scenes, directo
     Console(width=120).print(f"{machine()}; %, mean over seeds", table)
 
     figure = Figure(figsize=(13, 5), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(5, 4))
-    side = test[1].shape[-1]
+    left, right = cast(Any, figure.subfigures(1, 2, width_ratios=(5, 4)))
     first = {row["of"][1]: row for row in reversed(rows) if row["of"][0] == models[-1]}
-    found = [torch.frombuffer(bytearray(zlib.decompress(base64.b64decode(first[start]["shown"]))), dtype=torch.uint8)
-             .view(SHOWN, side, side) for start in STARTS]  # fmt: skip
+    found = [
+        torch.tensor(list(zlib.decompress(base64.b64decode(first[start]["shown"])))).view_as(test[1][:SHOWN])
+        for start in STARTS
+    ]
     scale, shift = (torch.tensor(values).view(3, 1, 1) for values in (data.std, data.mean))
     pictures = (test[0][:SHOWN].cpu() * scale + shift).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     for row, axes in enumerate(left.subplots(SHOWN, 2 + len(STARTS))):
