@@ -38,7 +38,6 @@ import torch
 import torch.nn.functional as F
 from graph_layer import machine
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -56,6 +55,7 @@ from timm_ghn.command_line import (
     load_data,
     output_directory,
     positive,
+    print_table,
 )
 from timm_ghn.evaluation.accuracy import create_model
 from timm_ghn.training.data import ImageDataset
@@ -262,20 +262,18 @@ def report(rows: list[dict[str, Any]], data: ImageDataset, test: Scenes, directo
     def mean(name: str, start: str, training: str, figure: str) -> float:
         return statistics.fmean(row[training][figure] for row in rows if row["of"][:2] == [name, start])
 
-    table = Table("model", "training", *(f"{figure}, {start}" for figure in FIGURES for start in STARTS))
+    headers = (f"{figure}, {start}" for figure in FIGURES for start in STARTS)
+    table = Table("model", "training", *headers, title=f"{machine()}; %, mean over seeds")
     for training, name in itertools.product(TRAININGS, models):
         values = (mean(name, start, training, figure) for figure in FIGURES for start in STARTS)
         table.add_row(name, training, *(f"{value:.1f}" for value in values))
     table.add_row("background", "none", *(f"{nothing[figure]:.1f}" for figure in FIGURES for _ in STARTS))
-    Console(width=120).print(f"{machine()}; %, mean over seeds", table)
+    print_table(table)
 
     figure = Figure(figsize=(13, 5), layout="constrained")
     left, right = cast(Any, figure.subfigures(1, 2, width_ratios=(5, 4)))
-    first = {row["of"][1]: row for row in reversed(rows) if row["of"][0] == models[-1]}
-    found = [
-        torch.tensor(list(zlib.decompress(base64.b64decode(first[start]["shown"])))).view_as(test[1][:SHOWN])
-        for start in STARTS
-    ]
+    texts = [next(row["shown"] for row in rows if row["of"][:2] == [models[-1], start]) for start in STARTS]
+    found = [torch.tensor(list(zlib.decompress(base64.b64decode(text)))).view_as(test[1][:SHOWN]) for text in texts]
     scale, shift = (torch.tensor(values).view(3, 1, 1) for values in (data.std, data.mean))
     pictures = (test[0][:SHOWN].cpu() * scale + shift).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     for row, axes in enumerate(left.subplots(SHOWN, 2 + len(STARTS))):
