@@ -52,6 +52,7 @@ NOT_RUN = {
     "python benchmarks/random_vs_ghn.py": "is run by test_random_vs_ghn.py",
     "python benchmarks/your_data.py": "is run by test_your_data.py",
     "python benchmarks/paper.py": "is run by test_paper.py",
+    "python benchmarks/dense.py": "is run by test_dense.py",
     "python benchmarks/create_model.py": "measures time, for minutes",
     "python benchmarks/graph_layer.py": "likewise",
     "python benchmarks/training_step.py": "likewise",
