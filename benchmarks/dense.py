@@ -228,7 +228,8 @@ def measure(
     return rows
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> list[list[str]]:
+    """Measures what is not measured yet, and returns the table of means, its first row the header."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_data_arguments(parser)
     add_ghn_argument(parser)
@@ -251,23 +252,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Every other held-out image is for validation; no training scene is drawn by a negative seed.
     halves = [replace(held_out, images=held_out.images[i::2], labels=held_out.labels[i::2]) for i in (0, 1)]
     validation, test = (scenes(halves[i], arguments.test_scenes, arguments.canvas, ~i) for i in (0, 1))
-    report(measure(arguments, images, validation, test), held_out, test, arguments.out)
+    return report(measure(arguments, images, validation, test), held_out, test, arguments.out)
 
 
-def report(rows: list[dict[str, Any]], data: ImageDataset, test: Scenes, directory: Path) -> None:
-    """Means over the seeds, as a table and a picture."""
+def report(rows: list[dict[str, Any]], data: ImageDataset, test: Scenes, directory: Path) -> list[list[str]]:
+    """Means over the seeds, printed as a table, which is returned, and drawn as a picture."""
     nothing = figures(torch.full_like(test[1], data.num_classes), test[1])
     models = list(dict.fromkeys(row["of"][0] for row in rows))
 
     def mean(name: str, start: str, training: str, figure: str) -> float:
         return statistics.fmean(row[training][figure] for row in rows if row["of"][:2] == [name, start])
 
-    headers = (f"{figure}, {start}" for figure in FIGURES for start in STARTS)
-    table = Table("model", "training", *headers, title=f"{machine()}; %, mean over seeds")
+    cells = [["model", "training", *(f"{figure}, {start}" for figure in FIGURES for start in STARTS)]]
     for training, name in itertools.product(TRAININGS, models):
         values = (mean(name, start, training, figure) for figure in FIGURES for start in STARTS)
-        table.add_row(name, training, *(f"{value:.1f}" for value in values))
-    table.add_row("background", "none", *(f"{nothing[figure]:.1f}" for figure in FIGURES for _ in STARTS))
+        cells.append([name, training, *(f"{value:.1f}" for value in values)])
+    cells.append(["background", "none", *(f"{nothing[figure]:.1f}" for figure in FIGURES for _ in STARTS)])
+    table = Table(*cells[0], title=f"{machine()}; %, mean over seeds")
+    for line in cells[1:]:
+        table.add_row(*line)
     print_table(table)
 
     figure = Figure(figsize=(13, 5), layout="constrained")
@@ -292,6 +295,7 @@ def report(rows: list[dict[str, Any]], data: ImageDataset, test: Scenes, directo
         axes.set_xticks(range(len(models)), models)
     axes.legend()
     figure.savefig(directory / "dense.png")
+    return cells
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ transfer    Images that the GHN was not trained on (--transfer), 100 of each cla
             and training from there (your_data.py).
 catch-up    Whether random weights catch up in --steps steps of training: both starts, each with the rate that serves it
             best (random_vs_ghn.py).
+dense       Segmentation with a predicted backbone (dense.py).
 
 In "sgd" and "ranking", SGD has momentum 0.9, batches of 64, a cosine schedule for each length, and the best of three
 learning rates: all are tried at each length up to 1/3 of an epoch, and longer runs have the one that is best there.
@@ -29,13 +30,14 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby, zip_longest
 from pathlib import Path
 
 import comparison_report
+import dense
 import paper_report
 import random_vs_ghn
 import torch
@@ -56,7 +58,7 @@ from timm_ghn.command_line import (
 from timm_ghn.evaluation.accuracy import ZOO
 from timm_ghn.workers import process_pool
 
-SECTIONS = ("sgd", "ranking", "properties", "transfer", "catch-up")
+SECTIONS = ("sgd", "ranking", "properties", "transfer", "catch-up", "dense")
 RATES = (0.01, 0.03, 0.1)
 EPOCHS = (0.1, 1 / 3, 1.0, 5.0)
 LONG_NETWORKS = 2  # of each group, that are trained for the longest time in "sgd"; all are in "ranking"
@@ -146,7 +148,7 @@ def main() -> None:
         "--transfer", nargs="+", default=[], metavar="SOURCE:SIDE", help="images, as your_data.py takes them"
     )
     parser.add_argument("--steps", type=integer(5), default=10_000, help='of "catch-up" (default: %(default)s)')
-    parser.add_argument("--models", nargs="+", type=architecture_name, help='for "transfer" and "catch-up"')
+    parser.add_argument("--models", nargs="+", type=architecture_name, help="for the last three sections")
     parser.add_argument(
         "--minutes", type=positive, default=math.inf, help='begin no run of "sgd" or "ranking" after so many'
     )
@@ -175,6 +177,8 @@ def main() -> None:
         others.append((f"Other images, {SHOTS} of each class: top-1, %", transfer(arguments)))
     if "catch-up" in arguments.sections:
         others += catch_up(arguments)
+    if "dense" in arguments.sections:
+        others.append(("Segmentation of made scenes, %", segmentation(arguments)))
     result = {
         "machine": machine(),
         "command": {name: value for name, value in vars(arguments).items() if not isinstance(value, Path)},
@@ -201,35 +205,44 @@ def chosen_cases(arguments: argparse.Namespace) -> Iterator[Case]:
                 yield Case(group, network, epochs if place < LONG_NETWORKS else epochs[:-1])
 
 
-def as_arguments(options: Mapping[str, object]) -> list[str]:
-    return [text for name, value in options.items() for text in (f"--{name}", str(value))]
-
-
 def transfer(arguments: argparse.Namespace) -> Table:
     options = {
-        "ghn": arguments.ghn,
         "shots": SHOTS,
         "finetune": FINETUNE,
         "holdout": min(arguments.holdout, HELD_OUT),
         "images": min(arguments.images, HELD_OUT),
-        "device": arguments.device,
-        "out": arguments.out,
     }
-    models = ["--models", *arguments.models] if arguments.models else []
-    return your_data.main([*arguments.transfer, *as_arguments(options), *models])
+    return your_data.main([*arguments.transfer, *told(arguments, ["ghn", "device", "out", "models"], options)])
 
 
 def catch_up(arguments: argparse.Namespace) -> Iterator[tuple[str, Table]]:
-    options = {name: getattr(arguments, name) for name in ("data", "ghn", "holdout", "images", "device", "workers")}
-    options |= {"steps": arguments.steps // 5, "sections": "long"}  # which is five times as long as the others
-    told = [*as_arguments(options), "--starts", "random", "predicted", *(["--download"] if arguments.download else [])]
-    for seeds, models in groupby(arguments.models or CATCH_UP, key=lambda model: CATCH_UP.get(model, 1)):
-        out = arguments.out / f"catch_up_{seeds}_seeds"
-        (section,) = random_vs_ghn.main([*told, "--models", *models, "--seeds", str(seeds), "--out", str(out)])[
-            "sections"
-        ]
+    names = ["data", "ghn", "holdout", "images", "device", "workers", "download"]
+    for seeds, group in groupby(arguments.models or CATCH_UP, key=lambda model: CATCH_UP.get(model, 1)):
+        options = {
+            "sections": "long",
+            "starts": ["random", "predicted"],
+            "steps": arguments.steps // 5,  # the section is five times as long as others
+            "models": list(group),
+            "seeds": seeds,
+            "out": arguments.out / f"catch_up_{seeds}_seeds",
+        }
+        (section,) = random_vs_ghn.main(told(arguments, names, options))["sections"]
         header, rows = comparison_report.accuracy_table(section)
         yield f"Does random init catch up? {seeds} seeds: top-1, %", [header, *rows]
+
+
+def segmentation(arguments: argparse.Namespace) -> Table:
+    return dense.main(told(arguments, ["data", "ghn", "holdout", "device", "download", "out", "models"], {}))
+
+
+def told(arguments: argparse.Namespace, names: Iterable[str], options: Mapping[str, object]) -> list[str]:
+    """The arguments of another benchmark: some of this one's, and options of its own."""
+    words: list[str] = []
+    for name, value in {**{name: getattr(arguments, name) for name in names}, **options}.items():
+        if value not in (None, False):
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            words += [f"--{name}", *map(str, values)]
+    return words
 
 
 if __name__ == "__main__":
