@@ -187,7 +187,9 @@ def test_what_is_bounded_by_default_can_be_prepared_as_well(finetune: str) -> No
         prediction = timm_ghn.predict(model, ghn, finetune=finetune)
         return {name: tensor.square().mean().sqrt().item() for name, tensor in prediction.items()}
 
-    (plain, prepared), (bounded, both) = ([scales(ghn, name) for name in (None, finetune)] for ghn in (unbounded(), "ghn2"))
+    (plain, prepared), (bounded, both) = (
+        [scales(ghn, name) for name in (None, finetune)] for ghn in (unbounded(), "ghn2")
+    )
     assert bounded != plain
     for name, scale in both.items():
         assert scale * plain[name] == pytest.approx(bounded[name] * prepared[name], rel=1e-3), name
