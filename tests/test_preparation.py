@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import inspect
 import math
@@ -14,8 +15,17 @@ import torch
 from torch import nn
 
 import timm_ghn
+from timm_ghn.hypernet import GHN
 from timm_ghn.predictor import Predictor
 from timm_ghn.preparation import PREPARATIONS
+
+
+@functools.cache
+def unbounded() -> GHN:
+    """Like the published checkpoints, which bound nothing unless they are asked to."""
+    ghn = copy.deepcopy(timm_ghn.load_ghn("ghn2"))
+    ghn.config = dataclasses.replace(ghn.config, bounded=False)
+    return ghn
 
 
 @functools.cache
@@ -24,9 +34,8 @@ def predicted(name: str, finetune: str | None, num_classes: int = 1000) -> Any:
     torch.manual_seed(0)
     # Half as wide as timm's at the end, which the singular values below take an eighth of the time of.
     kwargs = {"channels": (64, 64, 128, 256)} if name == "resnet18" else {}
-    model = timm.create_model(
-        name, pretrained_cfg="ghn2", ghn_kwargs={"finetune": finetune}, num_classes=num_classes, **kwargs
-    )
+    build = functools.partial(timm.create_model, name, num_classes=num_classes, **kwargs)
+    model, _ = Predictor(unbounded(), preparation=finetune).create(build)
     # A fresh network's running statistics are those of no data; with its batch's, activations are of their usual size.
     for module in model.modules():
         module.training = isinstance(module, nn.modules.batchnorm._BatchNorm)
@@ -119,11 +128,18 @@ def outputs(model: nn.Module, size: int = 64) -> torch.Tensor:
     return logits
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vgg16", "eca_nfnet_l0"])
+def test_networks_in_which_nothing_normalises_are_bounded_by_default(name: str) -> None:
+    largest = outputs(timm.create_model(name, pretrained_cfg="ghn2", num_classes=10), 224).abs().max()
+    assert 1e-3 < largest < 100
+
+
 def test_bounded_layers_without_a_norm_compute_the_same_at_another_scale() -> None:
     def build(finetune: str | None) -> nn.Module:
         widths = [64, "M", 128, 128, 256, "M", 512, 512]
         model: nn.Module = timm.models.vgg.VGG(widths, num_classes=10, mlp_ratio=1 / 16)
-        timm_ghn.initialize(model, finetune=finetune, input_size=(3, 64, 64))
+        timm_ghn.initialize(model, unbounded(), finetune=finetune, input_size=(3, 64, 64))
         return model
 
     plain, bounded = build(None), build("bounded")
@@ -141,6 +157,9 @@ def test_bounded_gains_of_standardised_convolutions() -> None:
     assert torch.equal(bounded.stages[1][0].downsample.conv.weight, plain.stages[1][0].downsample.conv.weight)
     assert not bounded.stages[1][0].conv3.gain.any()
     assert outputs(plain).abs().max() > 100 * outputs(bounded).abs().max()
+    again = copy.deepcopy(bounded)
+    timm_ghn.initialize(again, unbounded(), finetune="bounded")
+    assert torch.equal(again.stages[1][0].downsample.conv.gain, bounded.stages[1][0].downsample.conv.gain)
 
 
 def test_bounded_branches_without_a_norm() -> None:
@@ -155,8 +174,25 @@ def test_bounded_branches_without_a_norm() -> None:
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "mobilenetv3_small_050"])
 def test_bounded_networks_with_norms_are_as_predicted(name: str) -> None:
-    plain, bounded = predicted(name, None).state_dict(), predicted(name, "bounded").state_dict()
-    assert all(torch.equal(plain[key], bounded[key]) for key in plain)
+    plain, bounded = (predicted(name, finetune, num_classes=10).state_dict() for finetune in (None, "bounded"))
+    torch.manual_seed(0)
+    by_default = timm.create_model(name, pretrained_cfg="ghn2", num_classes=10).state_dict()
+    assert all(torch.equal(plain[key], bounded[key]) and torch.equal(plain[key], by_default[key]) for key in plain)
+
+
+@pytest.mark.parametrize("finetune", ["orthogonal", "conditioned"])
+def test_what_is_bounded_by_default_can_be_prepared_as_well(finetune: str) -> None:
+    def scales(ghn: str | GHN, finetune: str | None) -> dict[str, float]:
+        model = timm.models.davit.DaVit(depths=(1, 1), embed_dims=(32, 96), num_heads=(1, 3), num_classes=10)
+        prediction = timm_ghn.predict(model, ghn, finetune=finetune)
+        return {name: tensor.square().mean().sqrt().item() for name, tensor in prediction.items()}
+
+    (plain, prepared), (bounded, both) = (
+        [scales(ghn, name) for name in (None, finetune)] for ghn in (unbounded(), "ghn2")
+    )
+    assert bounded != plain
+    for name, scale in both.items():
+        assert scale * plain[name] == pytest.approx(bounded[name] * prepared[name], rel=1e-3), name
 
 
 @pytest.mark.parametrize("finetune", PREPARATIONS)
@@ -191,7 +227,7 @@ def test_options_mean_the_same_everywhere() -> None:
 
 
 def test_an_unknown_preparation_is_refused_before_anything_is_built() -> None:
-    with pytest.raises(ValueError, match="finetune is 'magic'; it must be None or one of conditioned, orthogonal"):
+    with pytest.raises(ValueError, match="finetune is 'magic'; it must be None or one of orthogonal, bounded, cond"):
         timm.create_model("resnet18", pretrained_cfg="ghn2", ghn_kwargs={"finetune": "magic"})
     with pytest.raises(ValueError, match="magic"):
         timm_ghn.initialize(timm.create_model("test_resnet"), finetune="magic")

@@ -290,9 +290,10 @@ def test_resuming_under_another_config_or_on_other_images(uninterrupted: Path) -
 
 
 def test_a_run_that_states_its_images_alone_resumes(uninterrupted: Path, tmp_path: Path) -> None:
-    """As those did that could only have one data set."""
+    """As those did that could only have one data set, and whose GHNs had fewer fields."""
     tensors, state = load_checkpoint(uninterrupted / "checkpoints")
     (state["data"],) = state["data"]
+    del state["config"]["ghn"]["bounded"]
     save_checkpoint(tmp_path / "checkpoints", state["step"], tensors, state)
     assert trainer(tmp_path, resume=True).step == CONFIG.steps
     state["data"]["images"] += 1
@@ -499,6 +500,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert load_checkpoint(tmp_path / "run" / "checkpoints")[1]["step"] == 4
     exported = load_file(tmp_path / "run" / "model.safetensors")
     assert exported["embed.weight"].shape == (15, 8)
+    assert load_ghn(tmp_path / "run").config.bounded
     taught, cold = str(tmp_path / "taught"), str(tmp_path / "cold")
     assert main([*arguments, *smaller, "--steps", "1", "--out", taught, "--teacher"]) == 0
     assert load_checkpoint(tmp_path / "taught" / "checkpoints")[1]["config"]["teacher"] == 0.5

@@ -156,7 +156,7 @@ class Predictor:
 
     @plain_torch()
     def _prepared(self, model: nn.Module, prediction: Prediction) -> Prediction:
-        return prediction if self.preparation is None else prepare(model, prediction, self.preparation)
+        return prepare(model, prediction, self.preparation, self.ghn.config.bounded)
 
 
 def _check_options(head: str, preparation: str | None) -> None:

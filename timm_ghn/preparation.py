@@ -32,7 +32,7 @@ def check_preparation(name: str | None) -> None:
         raise ValueError(f"finetune is {name!r}; it must be None or one of {', '.join(PREPARATIONS)}.")
 
 
-def prepare(model: nn.Module, prediction: Prediction, name: str) -> Prediction:
+def prepare(model: nn.Module, prediction: Prediction, name: str | None, bounded: bool = False) -> Prediction:
     """A prediction that is a better point to start training from, for all layers but the classification layer.
 
     With W = U S Vᵀ the weight of a layer (of a group, where it has several) as a matrix [out, in · kernel], and s the
@@ -52,13 +52,19 @@ def prepare(model: nn.Module, prediction: Prediction, name: str) -> Prediction:
     Args:
         model: What the prediction is for; only read.
         prediction: What was predicted for it.
-        name: One of `PREPARATIONS`. Directions that copies leave open are drawn from torch's generator of the CPU.
+        name: One of `PREPARATIONS`, or None. Directions that copies leave open are drawn from torch's generator of the
+            CPU.
+        bounded: ``"bounded"`` whatever the name is, as for a GHN that is `GHNConfig.bounded`: what is bounded is then
+            conditioned, which keeps scales; what is orthogonal, at scales of its own and without copies, is bounded.
 
     Returns:
-        The prediction with the prepared weights in full instead of tiles.
+        The prediction with what is prepared: weights with other singular values in full instead of tiles.
     """
-    prediction = prediction.replaced(PREPARATIONS[name](model, prediction))
-    return prediction.replaced(*derived.solve(model, prediction))
+    changed = False
+    for step, change in PREPARATIONS.items():
+        if (step == name or (bounded and step == "bounded")) and (tensors := change(model, prediction)):
+            prediction, changed = prediction.replaced(tensors), True
+    return prediction.replaced(*derived.solve(model, prediction)) if changed else prediction
 
 
 # ---- singular values ------------------------------------------------------------------------------------------------
@@ -149,8 +155,9 @@ def _bounded(model: nn.Module, prediction: Prediction) -> dict[str, Tensor]:
                 gain = getattr(module, "gain", None)
                 if isinstance(gain, nn.Parameter) and gain.numel() == prediction.shapes[name][0]:
                     # The weight is standardised before it is used, so that its own scale counts for nothing.
-                    if derived.has_values(gain):
-                        gains[f"{name.rpartition('.')[0]}.gain"] = gain.detach() * factor
+                    # timm starts it at 1, so that this is the same however often, or at 0 to switch a branch off.
+                    if derived.has_values(gain) and gain.any():
+                        gains[f"{name.rpartition('.')[0]}.gain"] = torch.full_like(gain, factor)
                 else:
                     factors[name] *= factor
     return {**gains, **{name: tiles[name] * factor for name, factor in factors.items() if name in tiles}}
@@ -184,8 +191,8 @@ def _sources(graph: ComputationGraph) -> list[list[int]]:
 
 
 PREPARATIONS: dict[str, Callable[[nn.Module, Prediction], dict[str, Tensor]]] = {
-    "conditioned": partial(_reshaped, singular_values=_lifted, scale=_rms),
     "orthogonal": partial(_reshaped, singular_values=torch.ones_like, scale=_he),
     "bounded": _bounded,
+    "conditioned": partial(_reshaped, singular_values=_lifted, scale=_rms),
 }
-"""What `prepare` puts in place of what was predicted, by name; all else stays."""
+"""What `prepare` puts in place of what was predicted, by name, in the order in which it does; all else stays."""

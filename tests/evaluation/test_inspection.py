@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 import timm_ghn
 from timm_ghn import Inspection, demo, inspect
 from timm_ghn.evaluation.inspection import judge
+from timm_ghn.hypernet import GHN
 from timm_ghn.training.data import load_dataset
 
 
@@ -65,15 +68,24 @@ def test_what_comes_out_of_each_layer() -> None:
         assert layer.largest == pytest.approx(output.abs().max().item(), rel=1e-4)
 
 
-def test_growth_without_a_norm() -> None:
-    found = inspect("eca_nfnet_l0", images=images(96))
+@pytest.fixture
+def unbounded() -> GHN:
+    ghn = copy.deepcopy(timm_ghn.load_ghn("ghn2"))
+    ghn.config = dataclasses.replace(ghn.config, bounded=False)
+    return ghn
+
+
+def test_growth_without_a_norm(unbounded: GHN) -> None:
+    found = inspect("eca_nfnet_l0", unbounded, images=images(96))
     (cause,) = (cause for what, cause in causes(found).items() if what.startswith("activations grow"))
     assert "There is no norm" in cause
     assert "layers that are switched off" in causes(found)
+    bounded = causes(inspect("eca_nfnet_l0", images=images(96)))
+    assert "layers that are switched off" in bounded and not any("finetune" in cause for cause in bounded.values())
 
 
-def test_growth_in_branches_without_a_norm() -> None:
-    found = inspect("davit_tiny", images=images(64))
+def test_growth_in_branches_without_a_norm(unbounded: GHN) -> None:
+    found = inspect("davit_tiny", unbounded, images=images(64))
     (cause,) = (cause for what, cause in causes(found).items() if what.startswith("activations grow"))
     assert "stages.0.blocks.0.0.cpe1.proj.weight" in cause
 

@@ -292,7 +292,7 @@ def _measured(name: str, kind: str, output: Tensor, dim: int) -> InspectedActiva
 def _findings(found: Inspection, graph: ComputationGraph, ghn: GHN) -> Iterator[Finding]:
     layers = found.activations
     if layers:
-        yield from _growth(layers, graph)
+        yield from _growth(layers, graph, ghn)
         yield from _sameness(layers)
         yield from _dead(layers, found.parameters)
     far = [p for p in found.parameters if p.tiles and p.init_scale and not 1 / _FAR <= p.scale / p.init_scale <= _FAR]
@@ -320,7 +320,7 @@ def _findings(found: Inspection, graph: ComputationGraph, ghn: GHN) -> Iterator[
         )
 
 
-def _growth(layers: list[InspectedActivation], graph: ComputationGraph) -> Iterator[Finding]:
+def _growth(layers: list[InspectedActivation], graph: ComputationGraph, ghn: GHN) -> Iterator[Finding]:
     first = next(layer.scale for layer in layers)
     grown = [layer for layer in layers if not layer.scale <= _GROWTH * first]
     if not grown:
@@ -328,19 +328,18 @@ def _growth(layers: list[InspectedActivation], graph: ComputationGraph) -> Itera
     largest = max(layer.largest for layer in grown)
     infinite = next((layer.name for layer in grown if not math.isfinite(layer.largest)), None)
     what = f"activations grow to {largest:.0e}" if infinite is None else f"not finite from {infinite} on"
-    bare = branches_without_norm(graph)
-    if NORMS.isdisjoint(graph.ops):
-        cause = (
-            "There is no norm, and channels that are copies of each other add up, √n times more with each layer that "
-            'reads n copies; finetune="bounded" takes that back.'
-        )
-    elif bare:
-        cause = (
-            f"Residual branches of nothing but weights ({bare[0][-1]}, {len(bare)} in all) each multiply what they are "
-            'added to, and no norm comes between; finetune="bounded" divides them by their number.'
-        )
-    else:
-        cause = "What comes in here is added to again and again, and normalised in the branches only."
+    cause = "What comes in here is added to again and again, and normalised in the branches at most."
+    if not ghn.config.bounded:
+        if NORMS.isdisjoint(graph.ops):
+            cause = (
+                "There is no norm, and channels that are copies of each other add up, √n times more with each layer "
+                'that reads n copies; finetune="bounded" takes that back.'
+            )
+        elif bare := branches_without_norm(graph):
+            cause = (
+                f"Residual branches of nothing but weights ({bare[0][-1]}, {len(bare)} in all) each multiply what they "
+                'are added to, and no norm comes between; finetune="bounded" divides them by their number.'
+            )
     yield Finding(what, tuple(layer.name for layer in grown), cause)
 
 

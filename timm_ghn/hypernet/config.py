@@ -27,6 +27,7 @@ _CHOICES: dict[str, tuple[str | bool, ...]] = {
     "split_attention": (True, False),
     "predicts_head": (True, False),
     "conditioned": (True, False),
+    "bounded": (True, False),
 }
 # Whatever a file says, its tensors' sizes fit 63 bits, and it is built in seconds or refused.
 _LIMITS = {
@@ -100,6 +101,9 @@ class GHNConfig:
         predicts_head: It has weights for the classification layer of its own classes. Without, that layer is always
             left alone, for somebody to fit.
         conditioned: What it predicts can depend on a task, of which it is given a `sketch`.
+        bounded: The scales of what it predicts are bounded where nothing normalises activations, whatever other
+            preparation is asked for, see `timm_ghn.preparation.prepare`; networks with norms are not changed by it. It
+            decides nothing about the module. The published checkpoints are without.
         primitives: What a node can be for it, in the order of the embedding's rows. What others there are is contracted
             away before it sees a graph.
         images: What it was trained with, for whoever prepares images for a predicted model. None if unknown. It decides
@@ -122,6 +126,7 @@ class GHNConfig:
     split_attention: bool = False
     predicts_head: bool = True
     conditioned: bool = False
+    bounded: bool = False
     primitives: tuple[str, ...] = tuple(PRIMITIVES)
     images: Images | None = dataclasses.field(default=None, compare=False)
 

@@ -149,8 +149,8 @@ class TrainConfig:
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The defaults of `TrainConfig`: many small steps.
-    "ghn2": {},
-    "ghn3": {"ghn": {"hypernet": "graphormer", "hid": 64, "layers": 3}, "penalty": 3e-5},
+    "ghn2": {"ghn": {"bounded": True}},
+    "ghn3": {"ghn": {"hypernet": "graphormer", "hid": 64, "layers": 3, "bounded": True}, "penalty": 3e-5},
     # The recipe of arXiv 2110.13100, appendix B: the baseline.
     "published": {
         "meta_batch": 8, "optimizer": "adam", "lr": 1e-3, "betas": [0.9, 0.999], "weight_decay": 0.0, "warmup": 0,
