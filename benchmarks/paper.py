@@ -65,7 +65,7 @@ LONG_NETWORKS = 2  # of each group, that are trained for the longest time in "sg
 RANKED_MACS = 6_000_000
 VIT = "vit_tiny_patch16_224:patch_size=4"
 GROUPS = {
-    "real": [VIT, *ZOO],
+    "real": [*ZOO, VIT],
     "timm": [f"timm:test:{index}" for index in range(60)],
     **{
         f"deepnets {split}": [f"deepnets:{split}:{index}" for index in range(20)]
