@@ -303,7 +303,7 @@ def plot_sgd(groups: dict[str, list[Row]], compared: dict[str, Row], result: Row
     """A panel for each group: SGD's accuracy over steps, and that of predicted weights."""
     columns = min(4, len(groups))
     lines = -(-len(groups) // columns)
-    figure = Figure(figsize=(3.4 * columns + 0.4, 2.8 * lines + 0.6), layout="constrained")
+    figure = Figure(figsize=(max(5.0, 3.4 * columns + 0.4), 2.8 * lines + 0.6), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
     for axes, (name, rows) in zip(grid.flat, groups.items(), strict=False):
         found = compared[name]

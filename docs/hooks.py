@@ -22,7 +22,7 @@ RESULTS = "benchmarks/results"
 
 def on_files(files: Files, config: Any) -> Files:
     """Adds what lies beside docs/ to the site."""
-    results = (path for path in sorted((ROOT / RESULTS).iterdir()) if path.suffix != ".jsonl")
+    results = (path for path in sorted((ROOT / RESULTS).rglob("*.*")) if path.suffix != ".jsonl")
     for path in (ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *results):
         uri = path.relative_to(ROOT).as_posix()
         inclusion = InclusionLevel.INCLUDED if path.name == "CONTRIBUTING.md" else InclusionLevel.NOT_IN_NAV
