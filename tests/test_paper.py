@@ -21,9 +21,11 @@ def test_every_section_is_measured_once(
     import paper
 
     small = "test_resnet"
-    monkeypatch.setattr(paper, "RANKED", [f"timm:test:{index}:6000000" for index in (2, 8, 12)])
-    monkeypatch.setattr(paper, "GROUPS", {"real": [small], "deepnets bnfree": ["deepnets:bnfree:1"]})
+    monkeypatch.setattr(paper, "RANKED", ["test_efficientnet", "test_byobnet", "timm:test:8:6000000"])
+    monkeypatch.setattr(paper, "GROUPS", {"real": [small], "deepnets test": ["deepnets:test:4"]})
+    monkeypatch.setattr(paper, "RATES", (0.01, 0.1))
     monkeypatch.setattr(paper, "LONG_NETWORKS", 0)
+    monkeypatch.setattr(paper, "FINETUNE", 2)
     monkeypatch.setattr("dense.main", lambda _: [["model"], [small]])  # has a test of its own
     arguments = [
         "--data", str(demo.IMAGES), "--holdout", "60", "--images", "40", "--epochs", "0.3", "1", "--models", small,
@@ -36,7 +38,7 @@ def test_every_section_is_measured_once(
 
     report = json.loads((tmp_path / "paper.json").read_text())
     assert {name: found["networks"] for name, found in report["summary"]["sgd"].items()} == {
-        "ranked": 3, "real": 1, "deepnets bnfree": 1
+        "ranked": 3, "real": 1, "deepnets test": 1
     }  # fmt: skip
     assert set(report["summary"]["ranking"]) >= {"predicted weights", "parameters", "1 steps of SGD"}
     assert [len(cells) for _, cells in report["others"]] == [2, 5, 2]
