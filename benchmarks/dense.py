@@ -38,6 +38,7 @@ import torch
 import torch.nn.functional as F
 from graph_layer import machine
 from matplotlib.figure import Figure
+from random_vs_ghn import hash_of
 from rich.table import Table
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -213,9 +214,10 @@ def measure(
     rates = dict(zip(TRAININGS, (arguments.probe_rates, arguments.whole_rates), strict=True))
     setting = [Path(arguments.data).name, *(getattr(arguments, name) for name in names), rates]
     rows: list[dict[str, Any]] = []
+    checkpoint = f"{arguments.ghn} {hash_of(arguments.ghn)}"  # a tag can come to mean other weights
     cases = itertools.product(arguments.models, STARTS, range(arguments.seeds))
     for name, start, seed in tqdm(list(cases), desc="measuring", unit="network"):
-        of = [name, start, arguments.ghn if start == "predicted" else "", seed, *setting]
+        of = [name, start, checkpoint if start == "predicted" else "", seed, *setting]
         row = next((row for row in known if row["of"] == of), None)
         if row is None:
             tried = {training: [rows[-seed][training]["rate"]] for training in TRAININGS} if seed else rates

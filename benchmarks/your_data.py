@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from graph_layer import machine
 from matplotlib.figure import Figure
+from random_vs_ghn import hash_of
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -196,6 +197,8 @@ def main(argv: Sequence[str] | None = None) -> list[list[str]]:
         for tag in (arguments.ghn if start in PREDICTED else [""])
         if start == "predicted" or tag == "" or ghn(tag, arguments.device).config.conditioned
     ]
+    # A tag can come to mean other weights, of which nothing is measured then.
+    checkpoints = {"": "", **{tag: f"{tag} {hash_of(tag)}" for tag in arguments.ghn}}
     setting = [arguments.head, arguments.finetune, arguments.images, arguments.holdout, arguments.seed]
 
     rows: list[dict[str, Any]] = json.loads(file.read_text())["rows"] if file.exists() else []
@@ -210,13 +213,14 @@ def main(argv: Sequence[str] | None = None) -> list[list[str]]:
         seconds = math.nan
         for start, tag in starts:
             label = f"{start} by {tag}" if len(arguments.ghn) > 1 and tag else start
-            of = [Path(source).name.replace(".parquet", ""), size, count, name, label, tag, *setting]
+            of = [Path(source).name.replace(".parquet", ""), size, count, name, label, checkpoints[tag], *setting]
             if (row := known.get(json.dumps(of))) is None:
                 row = {"of": of, "machine": machine(), **comparison.row(start, tag, seconds)}
                 rows.append(row)
                 file.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
             seconds = row["seconds"] if start == "predicted" and math.isnan(seconds) else seconds
-    return report([row for row in rows if row["of"][-len(setting) :] == setting], arguments.out)
+    asked = [row for row in rows if row["of"][5] in checkpoints.values() and row["of"][-len(setting) :] == setting]
+    return report(asked, arguments.out)
 
 
 @functools.cache

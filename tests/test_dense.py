@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from timm_ghn import demo
+from timm_ghn.checkpoints.catalog import CATALOG
 
 
 @pytest.mark.slow
@@ -24,9 +25,10 @@ def test_it_compares_starts_and_goes_on_where_it_was(
     assert "background" in capsys.readouterr().out
     text = (tmp_path / "dense.json").read_text()
     rows = json.loads(text)["rows"]
+    checkpoint = f"ghn2 {CATALOG.published['ghn2'].sha256}"
     assert [row["of"][1:4] for row in rows] == [
-        [start, ghn, seed] for start, ghn in (("predicted", "ghn2"), ("random", "")) for seed in (0, 1)
-    ]
+        [start, ghn, seed] for start, ghn in (("predicted", checkpoint), ("random", "")) for seed in (0, 1)
+    ], "rows of one checkpoint are not taken for those of another"
     for first, second in zip(rows[::2], rows[1::2], strict=True):
         for training in ("probe", "whole"):
             found = first[training]
