@@ -67,7 +67,10 @@ def run_benchmark() -> Callable[..., None]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [str(BENCHMARKS / f"{name}.py"), *arguments])
             patch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])  # which its worker processes get as well
-            importlib.import_module(name).main()
+            try:
+                importlib.import_module(name).main()
+            finally:
+                torch.set_flush_denormal(False)  # which one may set, and hypothesis refuses to run with
 
     return run
 
