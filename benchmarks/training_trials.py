@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from timm_ghn.checkpoints.load import load_ghn
 from timm_ghn.command_line import Parser, exit_status, integer, output_directory, positive
+from timm_ghn.hypernet.ghn import GHN
 from timm_ghn.training.architectures import families
 from timm_ghn.training.config import TrainConfig
 from timm_ghn.training.data import load_dataset
@@ -50,6 +51,10 @@ TRIALS: dict[str, dict[str, Any]] = {
     "SOAP, no label smoothing": {"label_smoothing": 0.0},
     "SOAP, images of 32, 48 and 64 pixels": {"image_sizes": [32, 32, 48, 64]},
     "SOAP, split attention": {"ghn": {"split_attention": True}},
+    "SOAP, ordinals": {"ghn": {"ordinals": True}},
+    "SOAP, 448 bases": {"ghn": {"bases": 448}},
+    "SOAP, pointwise kernels apart": {"ghn": {"pointwise": True}},
+    "SOAP, ordinals, 448 bases, pointwise kernels apart": {"ghn": {"bases": 448, "pointwise": True, "ordinals": True}},
     "SOAP, states of 64": {"ghn": {"hid": 64}},
     "SOAP, tiles of 128": {"ghn": {"max_shape": [128, 128, 11, 11]}},
     "SOAP, GHN-3": {"ghn": {"hypernet": "graphormer", "layers": 3}},
@@ -58,12 +63,11 @@ TRIALS: dict[str, dict[str, Any]] = {
 
 
 def run(
-    config: TrainConfig, init: str | None, train: Any, val: Any, teacher: Any, seconds: float, label: str
+    config: TrainConfig, init: GHN | None, train: Any, val: Any, teacher: Any, seconds: float, label: str
 ) -> dict[str, Any]:
     """One trial: what it did in so many CPU seconds."""
     with tempfile.TemporaryDirectory() as folder:
-        ghn = load_ghn(init) if init else None
-        trainer = Trainer(config, train, val, Path(folder), workers=1, init=ghn, teacher=teacher)
+        trainer = Trainer(config, train, val, Path(folder), workers=1, init=init, teacher=teacher)
         schedule = Schedule(config.architectures, config.seed, config.meta_batch, config.uses, config.spacing)
         size, classes = train.image_size, config.ghn.num_classes
         pool = TaskPool(schedule, trainer.lanes, 0, classes, size, torch.device("cpu"), workers=1)
@@ -96,7 +100,7 @@ def main() -> None:
     parser.add_argument(
         "--tier", type=integer(0, 3), default=2, help="families up to this difficulty (default: %(default)s)"
     )
-    parser.add_argument("--init", help="start from these weights instead of from scratch")
+    parser.add_argument("--init", help="start from these weights, and their config, instead of from scratch")
     parser.add_argument("--trials", nargs="*", choices=TRIALS, default=list(TRIALS)[:5], help="which to run")
     parser.add_argument(
         "--out",
@@ -114,15 +118,17 @@ def main() -> None:
     share = {"source": "timm", "families": families("timm", arguments.tier), "max_macs": int(arguments.max_macs)}
     common = {"architectures": [share], "val_architectures": 48, "val_images": 500, "uses": 6}
     told = {name: getattr(arguments, name) for name in ("seconds", "max_macs", "tier", "init")}
+    init = load_ghn(arguments.init) if arguments.init else None
+    start = init.config.to_dict() if init else {"num_classes": train.num_classes, "branch_scale": 1.0}
     rows: list[dict[str, Any]] = json.loads(file.read_text())["trials"] if file.exists() else []
     for name in arguments.trials:
         if any(row["name"] == name and row["setting"] == told for row in rows):
             continue
         fields = {**common, **TRIALS[name]}
-        fields["ghn"] = {"num_classes": train.num_classes, "branch_scale": 1.0, **fields.get("ghn", {})}
+        fields["ghn"] = {**start, **fields.get("ghn", {})}
         config = TrainConfig.from_dict(fields)
         teacher = soft_labels(arguments.out, train, val) if config.teacher else None
-        result = run(config, arguments.init, train, val, teacher, arguments.seconds, name)
+        result = run(config, init, train, val, teacher, arguments.seconds, name)
         rows.append({"name": name, "setting": told, "machine": machine(), **result})
         file.write_text(json.dumps({"trials": rows}, indent=1) + "\n")
 

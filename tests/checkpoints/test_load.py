@@ -384,7 +384,7 @@ def test_a_damaged_file_is_refused(
         (lambda s: s.pop("ln.bias"), {}, "disagrees with its config: ln.bias is missing"),
         (lambda s: s.update(extra=torch.zeros(1)), {}, "extra does not belong there"),
         (lambda s: s.update({"ln.bias": torch.zeros(3)}), {}, r"ln.bias has shape \(3,\), the config asks for \(16,\)"),
-        (lambda s: s.update({"ln.bias": torch.zeros(16).half()}), {}, "ln.bias has dtype F16"),
+        (lambda s: s.update({"ln.bias": torch.zeros(16).double()}), {}, "ln.bias has dtype F64, a GHN's is F32 or F16"),
         (lambda s: None, {"hid": 32}, r"has shape .* the config asks for .* \(and \d+ more\)"),
         (lambda s: None, {"num_classes": 7}, "disagrees with its config"),
         (lambda s: None, {"hypernet": "graphormer"}, "disagrees with its config"),

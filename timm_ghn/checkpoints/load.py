@@ -57,6 +57,8 @@ class _Shared:
 
 SHARED = _Shared()
 
+_DTYPES = {"F32": torch.float32, "F16": torch.float16}
+
 
 @plain_torch()
 def load_ghn(
@@ -121,7 +123,7 @@ def _load(checkpoint: Checkpoint) -> GHN:
 
 
 def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checked file, all of them float32, read into memory of their own, one after the other.
+    """The tensors of a checked file, as float32, read into memory of their own, one after the other.
 
     A mapped file would be shared with whoever writes to it next: other values in tensors that are held, or, if it is
     cut, the end of the process.
@@ -130,11 +132,11 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
     with file.open("rb") as stream:
         header, start = read_safetensors_header(stream)
         for name, entry in header.items():
-            tensor = torch.empty(entry["shape"])
+            tensor = torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]])
             stream.seek(start + entry["data_offsets"][0])
             if stream.readinto(tensor.view(-1).view(torch.uint8).numpy().data) != tensor.nbytes:
                 raise CheckpointError(f"{file} was cut short while it was read: get it again.")
-            tensors[name] = tensor
+            tensors[name] = tensor.float()
     return tensors
 
 
@@ -173,5 +175,5 @@ def _disagreements(tensors: Any, shapes: Mapping[str, tuple[int, ...]]) -> Itera
         shape, dtype = tuple(header.get_shape()), header.get_dtype()
         if shape != tuple(shapes[name]):
             yield f"{name} has shape {shape}, the config asks for {tuple(shapes[name])}"
-        elif dtype != "F32":
-            yield f"{name} has dtype {dtype}, a GHN's is F32"
+        elif dtype not in _DTYPES:
+            yield f"{name} has dtype {dtype}, a GHN's is {' or '.join(_DTYPES)}"

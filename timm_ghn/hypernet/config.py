@@ -10,6 +10,7 @@ from typing import Any
 
 from ..graph import PRIMITIVES
 from .decoders import DECODERS
+from .experts import KINDS
 from .message_passing import HYPERNETS
 
 PUBLISHED_PRIMITIVES = (
@@ -104,6 +105,8 @@ class GHNConfig:
         bounded: The scales of what it predicts are bounded where nothing normalises activations, whatever other
             preparation is asked for, see `timm_ghn.preparation.prepare`; networks with norms are not changed by it. It
             decides nothing about the module. The published checkpoints are without.
+        experts: The kinds of networks, of `timm_ghn.hypernet.experts.KINDS`, that are predicted by a GHN of their own
+            inside this one, with weights of its own and otherwise this config.
         primitives: What a node can be for it, in the order of the embedding's rows. What others there are is contracted
             away before it sees a graph.
         images: What it was trained with, for whoever prepares images for a predicted model. None if unknown. It decides
@@ -127,6 +130,7 @@ class GHNConfig:
     predicts_head: bool = True
     conditioned: bool = False
     bounded: bool = False
+    experts: tuple[str, ...] = ()
     primitives: tuple[str, ...] = tuple(PRIMITIVES)
     images: Images | None = dataclasses.field(default=None, compare=False)
 
@@ -150,6 +154,9 @@ class GHNConfig:
                 f"GHN config: primitives is {short(names)}; it must be different names, input among them, at most "
                 f"{_MAX_PRIMITIVES}."
             )
+        if not set(self.experts) <= KINDS.keys() or len(set(self.experts)) != len(self.experts):
+            kinds = ", ".join(KINDS)
+            raise ValueError(f"GHN config: experts is {short(self.experts)}; it must be different ones of {kinds}.")
         HYPERNETS[self.hypernet].check(self)
         DECODERS[self.decoder].check(self)
         for name in ("branch_scale", "position_bias"):
@@ -170,9 +177,19 @@ class GHNConfig:
         """Length of a decoded vector (norm weight, bias)."""
         return max(self.max_shape[:2])
 
+    @property
+    def without_experts(self) -> GHNConfig:
+        """That of each of its experts, or of this GHN alone."""
+        return dataclasses.replace(self, experts=())
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain types for JSON; without `images` if they are unknown, and `primitives` if they are the published."""
-        fields = {**dataclasses.asdict(self), "max_shape": list(self.max_shape)}
+        """Plain types for JSON, without what an ordinary GHN has nothing to say of.
+
+        That is `images` if they are unknown, `primitives` if they are the published, and `experts` if there are none.
+        """
+        fields = {**dataclasses.asdict(self), "max_shape": list(self.max_shape), "experts": list(self.experts)}
+        if not self.experts:
+            del fields["experts"]
         if fields.pop("primitives") != PUBLISHED_PRIMITIVES:
             fields["primitives"] = list(self.primitives)
         images = fields.pop("images")
@@ -199,6 +216,7 @@ class GHNConfig:
         if "max_shape" in data:
             data["max_shape"] = tuple(data["max_shape"])
         data["primitives"] = tuple(data.get("primitives", PUBLISHED_PRIMITIVES))
+        data["experts"] = tuple(data.get("experts", ()))
         if data.get("images") is not None:
             data["images"] = Images.from_dict(data["images"])
         return cls(**data)

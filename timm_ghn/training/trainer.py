@@ -478,9 +478,12 @@ class Trainer:
 def _starting_weights(init: GHN, fresh: GHN) -> dict[str, Tensor]:
     """A GHN's tensors for a fresh one of another config, if they fit it.
 
-    With split attention, operands start out as equals; what tasks change starts at nothing; a head may be left out.
+    With split attention, operands start out as equals; what tasks change starts at nothing; a head may be left out;
+    experts start out as the whole.
     """
     tensors, own, config = init.state_dict(), fresh.state_dict(), fresh.config
+    for kind in {*config.experts} - {*init.config.experts}:
+        tensors |= {f"experts.{kind}.{n}": x for n, x in init.state_dict().items() if not n.startswith("experts.")}
     if config.split_attention and not init.config.split_attention:
         tensors["operand_embed.weight"] = torch.zeros_like(own["operand_embed.weight"])
     if config.conditioned and not init.config.conditioned:

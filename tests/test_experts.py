@@ -1,0 +1,124 @@
+"""GHNs that leave kinds of networks to others."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from timm_ghn import GHN, GHNConfig, embed, initialize, load_ghn, trace
+from timm_ghn.cli import main
+from timm_ghn.training.config import TrainConfig
+from timm_ghn.training.data import ImageDataset
+from timm_ghn.training.trainer import Trainer
+
+OWNERS = {"test_resnet": None, "test_vit": "attention", "convnext_atto": "layer_norm", "test_mambaout": "layer_norm"}
+SMALL = {"hid": 8, "max_shape": (8, 8, 3, 3)}
+
+
+@pytest.fixture
+def parts(tmp_path: Path, save_ghn: Callable[..., Path]) -> dict[str | None, GHN]:
+    """GHNs of one config by the kind that they are for."""
+    kinds = (None, "attention", "layer_norm")
+    return {
+        kind: load_ghn(save_ghn(tmp_path / f"{kind}.safetensors", seed=seed, **SMALL))
+        for seed, kind in enumerate(kinds)
+    }
+
+
+@pytest.fixture
+def joined(parts: dict[str | None, GHN]) -> GHN:
+    return parts[None].with_experts({kind: ghn for kind, ghn in parts.items() if kind})
+
+
+def test_each_network_is_predicted_by_the_expert_for_its_kind(joined: GHN, parts: dict[str | None, GHN]) -> None:
+    graphs = [trace(timm.create_model(name, num_classes=10)) for name in OWNERS]
+    with torch.no_grad():
+        for graph, kind, tiles in zip(graphs, OWNERS.values(), joined(graphs), strict=True):
+            (expected,) = parts[kind]([graph])
+            assert tiles.keys() == expected.keys()
+            for name, tensor in expected.items():
+                torch.testing.assert_close(tiles[name], tensor, msg=f"{kind} {name}")
+    assert joined([]) == []
+
+
+def test_embeddings_of_all_kinds_are_the_general_ones(joined: GHN, parts: dict[str | None, GHN]) -> None:
+    general = parts[None]
+    assert general is not None
+    torch.testing.assert_close(embed(list(OWNERS), joined), embed(list(OWNERS), general))
+
+
+def test_a_file_is_in_half_precision_and_read_in_single(joined: GHN, tmp_path: Path) -> None:
+    joined.save_pretrained(tmp_path / "joined")
+    config = json.loads((tmp_path / "joined" / "config.json").read_text())
+    assert config["experts"] == ["attention", "layer_norm"]
+    loaded = load_ghn(str(tmp_path / "joined"))
+    assert loaded.config == joined.config
+    for name, tensor in joined.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor.half().float())
+    numbers = sum(tensor.numel() for tensor in joined.state_dict().values())
+    assert 2 * numbers < (tmp_path / "joined" / "model.safetensors").stat().st_size < 3 * numbers
+
+
+def test_joining_by_the_command(
+    joined: GHN, parts: dict[str | None, GHN], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = {kind: str(tmp_path / f"{kind}.safetensors") for kind in parts}
+    out = str(tmp_path / "one")
+    main(["join", file[None], f"layer_norm={file['layer_norm']}", "-o", out, "--json"])
+    assert json.loads(capsys.readouterr().out) == {"output": out, "experts": ["layer_norm"]}
+    main(["join", out, f"attention={file['attention']}", "-o", str(tmp_path / "both")])
+    both = load_ghn(str(tmp_path / "both"))
+    for name, tensor in joined.state_dict().items():
+        assert torch.equal(both.state_dict()[name], tensor.half().float()), "what was joined before is kept"
+    model = timm.create_model("test_vit", num_classes=10)
+    assert initialize(model, both).predicted
+
+
+def test_what_does_not_fit_is_refused(
+    parts: dict[str | None, GHN], tmp_path: Path, save_ghn: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = str(save_ghn(tmp_path / "other.safetensors", **SMALL, split_attention=True))
+    general = str(tmp_path / "None.safetensors")
+    assert main(["join", general, f"attention={other}", "-o", str(tmp_path / "out")]) == 1
+    assert "The expert for attention differs from this GHN in split_attention" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit):
+        main(["join", general, f"vision={other}", "-o", str(tmp_path / "out")])
+    assert "is not KIND=GHN with one of attention, layer_norm" in capsys.readouterr().err
+    for experts in (("vision",), ("attention", "attention")):
+        with pytest.raises(ValueError, match="it must be different ones of attention, layer_norm"):
+            GHNConfig(10, experts=experts)
+
+
+def test_published_configs_have_neither_the_field_nor_the_tensors() -> None:
+    config = GHNConfig(10)
+    assert "experts" not in config.to_dict() and GHNConfig.from_dict(config.to_dict()) == config
+    assert not any("experts" in name for name in GHN.parameter_shapes(config))
+
+
+def test_training_experts_of_a_plain_ghn(parts: dict[str | None, GHN], tmp_path: Path) -> None:
+    """They start as the whole, and each learns from its own networks alone."""
+    init = parts[None]
+    assert init is not None
+    config = TrainConfig.from_dict(
+        {
+            "ghn": {**init.config.to_dict(), "experts": ["attention"]}, "steps": 1, "meta_batch": 1, "batch_size": 4,
+            "architectures": [{"source": "timm", "families": ["vit"], "max_macs": 2_000_000}], "warmup": 0,
+            "optimizer": "adamw", "weight_decay": 0.0, "val_architectures": 1, "val_images": 4,
+        }
+    )  # fmt: skip
+    images = ImageDataset(torch.zeros(8, 3, 32, 32), torch.arange(8), 10)
+    run = Trainer(config, images, images, tmp_path / "run", init=init, workers=0)
+    start = {name: tensor.clone() for name, tensor in run.ghn.state_dict().items()}
+    for name, tensor in init.state_dict().items():
+        assert torch.equal(start[name], tensor) and torch.equal(start[f"experts.attention.{name}"], tensor)
+    run.run()
+    changed = {name for name, tensor in run.ghn.state_dict().items() if not torch.equal(tensor, start[name])}
+    assert changed and all(name.startswith("experts.attention.") for name in changed)
+    assert dataclasses.replace(run.ghn.config, images=None).experts == ("attention",)
