@@ -16,6 +16,7 @@ from timm_ghn.graph import ComputationGraph, trace
 from timm_ghn.tiling import tile
 from timm_ghn.training.architectures import Architecture
 from timm_ghn.training.folding import fold, fold_constant, unfold
+from timm_ghn.training.small_maps import simplify_small_maps
 
 _DECLARED_SIZE = 224
 
@@ -90,6 +91,8 @@ class Task:
         for child in self.module.modules():
             if isinstance(child, nn.Conv2d) and child.in_channels < 8 and _skips_positions(child):
                 _subsample_first(child)
+        if self.device.type == "cpu":
+            simplify_small_maps(self.module)
         if headless:
             for name in {name.rpartition(".")[0] for name in self.graph.head}:
                 self.module.set_submodule(name, nn.Identity())
