@@ -31,11 +31,12 @@ def _conv_forward(self: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | Non
         middle = _tap(weight, self.kernel_size[0] // 2, self.kernel_size[1] // 2)
         if self.groups == 1:
             return _at_each_position(x, middle, bias)
-        y: Tensor = x * middle.flatten().view(1, -1, 1, 1)
+        y = x * middle.flatten().view(1, -1, 1, 1)
         return y if bias is None else y + bias.view(1, -1, 1, 1)
     if positions <= _FEW and self.groups == 1 and self.kernel_size == self.stride == (1, 1) and self.padding == (0, 0):
         return _at_each_position(x, _tap(weight, 0, 0), bias)
-    return nn.Conv2d._conv_forward(self, x, weight, bias)
+    plain: Tensor = nn.Conv2d._conv_forward(self, x, weight, bias)
+    return plain
 
 
 def _is_centred(convolution: nn.Conv2d) -> bool:
