@@ -80,17 +80,28 @@ def test_joining_by_the_command(
     assert initialize(model, both).predicted
 
 
+def test_going_on_with_one_of_them(joined: GHN, parts: dict[str | None, GHN]) -> None:
+    for kind, ghn in parts.items():
+        alone = joined.alone(kind)
+        assert alone.config == ghn.config
+        assert all(torch.equal(tensor, ghn.state_dict()[name]) for name, tensor in alone.state_dict().items())
+    with pytest.raises(ValueError, match="no expert for 'vision'; it has attention, layer_norm"):
+        joined.alone("vision")
+
+
 def test_what_does_not_fit_is_refused(
     parts: dict[str | None, GHN], tmp_path: Path, save_ghn: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = str(save_ghn(tmp_path / "other.safetensors", **SMALL, split_attention=True))
     general = str(tmp_path / "None.safetensors")
     assert main(["join", general, f"attention={other}", "-o", str(tmp_path / "out")]) == 1
-    assert "The expert for attention differs from this GHN in split_attention" in capsys.readouterr().err
+    assert "The expert for attention differs from this GHN in split_attention; both must" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     with pytest.raises(SystemExit):
         main(["join", general, f"vision={other}", "-o", str(tmp_path / "out")])
     assert "is not KIND=GHN with one of attention, layer_norm" in capsys.readouterr().err
+    train = ["train", "--data", "torch/cifar10", "--expert", "attention", "-o", str(tmp_path / "run")]
+    assert main(train) == 1 and "--expert attention is given without --init" in capsys.readouterr().err
     for experts in (("vision",), ("attention", "attention")):
         with pytest.raises(ValueError, match="it must be different ones of attention, layer_norm"):
             GHNConfig(10, experts=experts)

@@ -69,6 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     run.add_argument("--init", help="start from these weights: a tag, directory, .safetensors file or hf-hub:org/repo")
     run.add_argument(
+        "--expert", metavar="KIND",
+        help="from those that --init has for this kind of networks (attention, layer_norm, or general for all others)",
+    )  # fmt: skip
+    run.add_argument(
         "--teacher", nargs="?", const="", metavar="RUN",
         help="learn from the soft labels of a small network as well, which is trained first, or was for that run",
     )  # fmt: skip
@@ -156,9 +160,12 @@ def run(args: argparse.Namespace) -> None:
     import torch.distributed as dist
 
     from ..checkpoints.load import load_ghn
+    from ..training.checkpoint import TrainingError
     from ..training.teacher import soft_labels
     from ..training.trainer import Trainer
 
+    if args.expert is not None and not args.init:
+        raise TrainingError(f"--expert {args.expert} is given without --init; name the GHN that has it.")
     logging.basicConfig(format="%(message)s")
     # A different network at every step has more shapes of convolution than the default remembers.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "20000")
@@ -167,6 +174,11 @@ def run(args: argparse.Namespace) -> None:
         logging.getLogger("timm_ghn").setLevel(logging.INFO if first else logging.ERROR)
         data, validation = ([load_data(args, split, source) for source in args.data] for split in ("train", "val"))
         init = load_ghn(args.init) if args.init else None
+        if init is not None and args.expert is not None:
+            try:
+                init = init.alone(None if args.expert == "general" else args.expert)
+            except ValueError as error:
+                raise TrainingError(str(error)) from error
         ghn = None if init is None else replace(init.config, images=None).to_dict()  # it may have seen others
         config = _config(args, data[0].num_classes, ghn, device)
         teacher = None

@@ -70,6 +70,20 @@ class GHN(
         if config.experts:
             self.experts = nn.ModuleDict({kind: GHN(config.without_experts) for kind in config.experts})
 
+    def alone(self, kind: str | None = None) -> GHN:
+        """The GHN that predicts a kind of networks, see `GHNConfig.experts`, or without a kind all others.
+
+        Raises:
+            ValueError: If this one has no expert for the kind.
+        """
+        if kind not in (None, *self.config.experts):
+            raise ValueError(f"This GHN has no expert for {kind!r}; it has {', '.join(self.config.experts) or 'none'}.")
+        if kind:
+            return copy.deepcopy(cast(GHN, self.experts[kind]))
+        ghn = GHN(self.config.without_experts)
+        ghn.load_state_dict({name: x for name, x in self.state_dict().items() if not name.startswith("experts.")})
+        return ghn.eval()
+
     def with_experts(self, experts: Mapping[str, GHN]) -> GHN:
         """A GHN that leaves kinds of networks to others.
 
@@ -79,17 +93,18 @@ class GHN(
         Raises:
             ValueError: If there is no such kind, or an expert's config is not this one's.
         """
-        alone = self.config.without_experts
-        own = cast(Mapping[str, GHN], self.experts) if self.config.experts else {}
-        experts = {**own, **experts}
+        general = self.alone()
+        experts = {**{kind: self.alone(kind) for kind in self.config.experts}, **experts}
         for kind, expert in experts.items():
-            if expert.config != alone:
+            if expert.config != general.config:
                 theirs = expert.config.to_dict()
-                differing = ", ".join(name for name, value in alone.to_dict().items() if theirs.get(name) != value)
-                raise ValueError(f"The expert for {kind} differs from this GHN in {differing or 'experts'}.")
-        config = dataclasses.replace(alone, experts=tuple(kind for kind in KINDS if kind in experts))
-        whole = GHN(config)
-        tensors = {name: x for name, x in self.state_dict().items() if not name.startswith("experts.")}
+                differing = [name for name, value in general.config.to_dict().items() if theirs.get(name) != value]
+                raise ValueError(
+                    f"The expert for {kind} differs from this GHN in {', '.join(differing) or 'experts'}; both must "
+                    "have one config."
+                )
+        whole = GHN(dataclasses.replace(general.config, experts=tuple(kind for kind in KINDS if kind in experts)))
+        tensors = general.state_dict()
         for kind, expert in experts.items():
             tensors |= {f"experts.{kind}.{name}": tensor for name, tensor in expert.state_dict().items()}
         whole.load_state_dict(tensors)
