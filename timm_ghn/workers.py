@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, resource_tracker
+from multiprocessing import get_context, parent_process, resource_tracker
 from typing import Any
 
 from .errors import GHNError
@@ -19,7 +20,7 @@ from .errors import GHNError
 def process_pool(
     workers: int, initializer: Callable[..., object], initargs: tuple[Any, ...]
 ) -> Iterator[ProcessPoolExecutor]:
-    """Worker processes that Ctrl-C ends without a word.
+    """Worker processes that Ctrl-C ends without a word, and that do not outlive this one.
 
     Args:
         workers: How many.
@@ -67,4 +68,13 @@ def _start_worker(initializer: Callable[..., object], initargs: tuple[Any, ...])
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.platform != "win32":
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     initializer(*initargs)
+
+
+def _end_with_parent() -> None:
+    """Ends a worker whose parent was killed; it would go on, and then wait for ever for more to do."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
