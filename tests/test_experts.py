@@ -78,6 +78,9 @@ def test_joining_by_the_command(
         assert torch.equal(both.state_dict()[name], tensor.half().float()), "what was joined before is kept"
     model = timm.create_model("test_vit", num_classes=10)
     assert initialize(model, both).predicted
+    card = (tmp_path / "both" / "README.md").read_text()
+    assert f"| attention | `{file['attention']}` |" in card and f"| all other | `{out}` |" in card
+    assert main(["publish", str(tmp_path / "both"), "org/joined"]) == 0, "it can go to the Hub as it is"
 
 
 def test_going_on_with_one_of_them(joined: GHN, parts: dict[str | None, GHN]) -> None:

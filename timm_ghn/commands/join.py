@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> None:
     """Says where the result is."""
     from rich.console import Console
 
+    from ..checkpoints.card import DIRECTORY, model_card
     from ..checkpoints.load import load_ghn
     from ..files import whole_files
 
@@ -45,7 +46,13 @@ def run(args: argparse.Namespace) -> None:
         joined = load_ghn(args.general).with_experts({kind: load_ghn(source) for kind, source in args.experts})
     except ValueError as error:
         raise CheckpointError(str(error)) from error
+    parts = "".join(f"| {kind} | `{source}` |\n" for kind, source in (*args.experts, ("all other", args.general)))
+    card = model_card(
+        joined.config, name="A graph hypernetwork with experts", license="apache-2.0", source=DIRECTORY,
+        trained_on="what its parts were trained on", details=f"| networks | predicted by |\n|---|---|\n{parts}",
+    )  # fmt: skip
     with whole_files(args.output) as unfinished:
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
         joined._save_pretrained(unfinished)
     if args.json:
         print_json({"output": args.output, "experts": joined.config.experts})
