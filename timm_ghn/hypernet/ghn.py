@@ -117,7 +117,7 @@ class GHN(
             return {name: tuple(tensor.shape) for name, tensor in cls(config).state_dict().items()}
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        # A file of several GHNs is as large as one of half as many: what is predicted is off by 0.1 % of its norm.
+        # Half the bytes of each of several GHNs; what is predicted is off by less than 0.1 % of its norm.
         dtype = torch.float16 if self.config.experts else torch.float32
         tensors = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}
         config = self.config.to_dict()
