@@ -1,7 +1,7 @@
 """Convolutions on maps of a few positions, as products of matrices.
 
-At 32 pixels networks end with maps of 4x4 to 1x1, for which oneDNN takes up to fifty times as long as there is to
-compute: it looks for an algorithm, and goes through taps of a kernel that lie outside of the map.
+At 32 pixels networks end with maps of 4x4 to 1x1, on which oneDNN takes far longer than the little there is to compute:
+it goes through the taps of a kernel that lie outside of the map as well.
 """
 
 from __future__ import annotations
