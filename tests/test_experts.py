@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from timm_ghn import GHN, GHNConfig, embed, initialize, load_ghn, trace
 from timm_ghn.cli import main
 from timm_ghn.training.config import TrainConfig
 from timm_ghn.training.data import ImageDataset
-from timm_ghn.training.trainer import Trainer
+from timm_ghn.training.trainer import Trainer, new_ghn
 
 OWNERS = {"test_resnet": None, "test_vit": "attention", "convnext_atto": "layer_norm", "test_mambaout": "layer_norm"}
 SMALL = {"hid": 8, "max_shape": (8, 8, 3, 3)}
@@ -105,6 +106,9 @@ def test_what_does_not_fit_is_refused(
     assert "is not KIND=GHN with one of attention, layer_norm" in capsys.readouterr().err
     train = ["train", "--data", "torch/cifar10", "--expert", "attention", "-o", str(tmp_path / "run")]
     assert main(train) == 1 and "--expert attention is given without --init" in capsys.readouterr().err
+    plain = load_ghn(general)
+    with pytest.raises(ValueError, match="it must be different ones of attention, layer_norm"):
+        plain.with_experts({"vision": plain})
     for experts in (("vision",), ("attention", "attention")):
         with pytest.raises(ValueError, match="it must be different ones of attention, layer_norm"):
             GHNConfig(10, experts=experts)
@@ -114,6 +118,29 @@ def test_published_configs_have_neither_the_field_nor_the_tensors() -> None:
     config = GHNConfig(10)
     assert "experts" not in config.to_dict() and GHNConfig.from_dict(config.to_dict()) == config
     assert not any("experts" in name for name in GHN.parameter_shapes(config))
+
+
+def test_a_fresh_ghn_3_is_small_in_all_its_parts() -> None:
+    fields = {"num_classes": 10, "hypernet": "graphormer", "hid": 16, "heads": 2, "max_shape": (8, 8, 3, 3)}
+    ghn = new_ghn(GHNConfig(**fields, experts=("attention",)), seed=0)  # type: ignore[arg-type]
+    for kind in (None, "attention"):
+        assert not ghn.alone(kind).state_dict()["decoder_1d.fc.2.bias"].any()
+
+
+@pytest.mark.parametrize("change", [{"split_attention": True}, {"conditioned": True}, {"predicts_head": False}])
+def test_experts_start_from_weights_like_any_ghn(change: dict[str, bool], joined: GHN) -> None:
+    images = ImageDataset(torch.zeros(20, 3, 32, 32), torch.arange(20) % 10, 10)
+    fields = {
+        "ghn": {**joined.config.to_dict(), **change}, "steps": 1, "val_architectures": 1, "val_images": 4,
+        "architectures": [{"source": "timm", "families": ["vit"], "max_macs": 2_000_000}],
+    }  # fmt: skip
+    if not change.get("predicts_head", True):
+        fields |= {"head": "ridge", "ways": [2]}
+    with tempfile.TemporaryDirectory() as folder:
+        run = Trainer(TrainConfig.from_dict(fields), images, images, Path(folder), init=joined, workers=0)
+    for kind in (None, *joined.config.experts):
+        theirs, ours = joined.alone(kind).state_dict(), run.ghn.alone(kind).state_dict()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours.keys() & theirs.keys())
 
 
 def test_training_experts_of_a_plain_ghn(parts: dict[str | None, GHN], tmp_path: Path) -> None:

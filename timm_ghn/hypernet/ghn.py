@@ -23,7 +23,7 @@ from ..tiling import tile
 from .config import GHNConfig
 from .decoders import DECODERS
 from .encoder import ShapeEncoder
-from .experts import KINDS, kind_of
+from .experts import kind_of
 from .message_passing import HYPERNETS, MLP
 from .tasks import TaskModulation
 
@@ -103,7 +103,7 @@ class GHN(
                     f"The expert for {kind} differs from this GHN in {', '.join(differing) or 'experts'}; both must "
                     "have one config."
                 )
-        whole = GHN(dataclasses.replace(general.config, experts=tuple(kind for kind in KINDS if kind in experts)))
+        whole = GHN(dataclasses.replace(general.config, experts=tuple(sorted(experts))))
         tensors = general.state_dict()
         for kind, expert in experts.items():
             tensors |= {f"experts.{kind}.{name}": tensor for name, tensor in expert.state_dict().items()}

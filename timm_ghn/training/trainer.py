@@ -52,7 +52,9 @@ def new_ghn(config: GHNConfig, seed: int) -> GHN:
             for module in ghn.modules():
                 if isinstance(module, nn.Embedding):
                     nn.init.trunc_normal_(module.weight, std=config.hid**-0.5)
-            outputs: list[Any] = [*ghn.decoder.output_layers(), ghn.decoder_1d.fc[-1]]
+            outputs: list[Any] = []
+            for part in (module for module in ghn.modules() if isinstance(module, GHN)):  # itself and its experts
+                outputs += [*part.decoder.output_layers(), part.decoder_1d.fc[-1]]
             with torch.no_grad():
                 for layer in outputs:
                     layer.weight /= 5
@@ -481,9 +483,15 @@ def _starting_weights(init: GHN, fresh: GHN) -> dict[str, Tensor]:
     With split attention, operands start out as equals; what tasks change starts at nothing; a head may be left out;
     experts start out as the whole.
     """
-    tensors, own, config = init.state_dict(), fresh.state_dict(), fresh.config
-    for kind in {*config.experts} - {*init.config.experts}:
-        tensors |= {f"experts.{kind}.{n}": x for n, x in init.state_dict().items() if not n.startswith("experts.")}
+    config = fresh.config
+    if config.experts and {*init.config.experts} <= {*config.experts}:
+        tensors = _starting_weights(init.alone(), fresh.alone())
+        for kind in config.experts:
+            source = init.alone(kind if kind in init.config.experts else None)
+            started = _starting_weights(source, fresh.alone(kind))
+            tensors |= {f"experts.{kind}.{name}": tensor for name, tensor in started.items()}
+        return tensors
+    tensors, own = init.state_dict(), fresh.state_dict()
     if config.split_attention and not init.config.split_attention:
         tensors["operand_embed.weight"] = torch.zeros_like(own["operand_embed.weight"])
     if config.conditioned and not init.config.conditioned:
