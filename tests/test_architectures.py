@@ -73,6 +73,26 @@ PINNED_FAMILIES = {
     "mobilevitv2": "4dbfe731135b07e7",
     "coatnet": "b902c31be6940c6a",
     "maxvit": "4fa9b53b1f3c9beb",
+    "resnetv2": "ed953e37e1cfbc02",
+    "resnetv2_group": "2237f63aada64842",
+    "residual_group": "dbbf4cf282ed225f",
+    "nfnet": "4ba71950b8263bf2",
+    "separable": "578338919a8da3bd",
+    "mixnet": "c361a6f75d699ab7",
+    "mobileone": "770cda9f37f209ff",
+    "ghostnet": "deeb662e59e619e7",
+    "fasternet": "be57382091f7c94c",
+    "starnet": "3d8164aa7ba2b310",
+    "inception_next": "98f9c0496168ac10",
+    "repvit": "b76f3be755f86fc4",
+    "fastvit": "7e645f85705ffa82",
+    "tresnet": "64190d845074637b",
+    "hgnet": "b0a4e34bac2da937",
+    "mambaout": "6923c45fa853db65",
+    "focalnet": "50b0f3a479bd0b66",
+    "rdnet": "c1a611fa430cb5bd",
+    "gmlp": "ccef43a42f812a1c",
+    "resmlp": "b9cd2a83eff483ea",
 }
 
 
@@ -154,6 +174,7 @@ def test_splits_of_families_by_name_are_disjoint(name: str) -> None:
 
 # What the graphs of timm's models of these kinds have no node for either.
 KEPT = {"cls_token", "reg_token", "latent", "freqs", "temperature", "logit_scale", "attention_biases", "gamma"}
+KEPT |= {"gain", "alpha", "beta", "ls"}  # of scaled weights, and of affine maps in the place of norms
 
 
 @pytest.mark.parametrize("name", JOINED)

@@ -18,14 +18,21 @@ from timm_ghn.training.config import TrainConfig
 from timm_ghn.training.data import ImageDataset
 from timm_ghn.training.trainer import Trainer, new_ghn
 
-OWNERS = {"test_resnet": None, "test_vit": "attention", "convnext_atto": "layer_norm", "test_mambaout": "layer_norm"}
+OWNERS = {
+    "test_resnet": None,
+    "regnetx_002": None,  # groups of several channels
+    "test_efficientnet": "depthwise",
+    "test_vit": "attention",
+    "convnext_atto": "layer_norm",
+    "test_mambaout": "layer_norm",
+}
 SMALL = {"hid": 8, "max_shape": (8, 8, 3, 3)}
 
 
 @pytest.fixture
 def parts(tmp_path: Path, save_ghn: Callable[..., Path]) -> dict[str | None, GHN]:
     """GHNs of one config by the kind that they are for."""
-    kinds = (None, "attention", "layer_norm")
+    kinds = (None, "attention", "depthwise", "layer_norm")
     return {
         kind: load_ghn(save_ghn(tmp_path / f"{kind}.safetensors", seed=seed, **SMALL))
         for seed, kind in enumerate(kinds)
@@ -57,7 +64,7 @@ def test_embeddings_of_all_kinds_are_the_general_ones(joined: GHN, parts: dict[s
 def test_a_file_is_in_half_precision_and_read_in_single(joined: GHN, tmp_path: Path) -> None:
     joined.save_pretrained(tmp_path / "joined")
     config = json.loads((tmp_path / "joined" / "config.json").read_text())
-    assert config["experts"] == ["attention", "layer_norm"]
+    assert config["experts"] == ["attention", "depthwise", "layer_norm"]
     loaded = load_ghn(str(tmp_path / "joined"))
     assert loaded.config == joined.config
     for name, tensor in joined.state_dict().items():
@@ -73,7 +80,8 @@ def test_joining_by_the_command(
     out = str(tmp_path / "one")
     main(["join", file[None], f"layer_norm={file['layer_norm']}", "-o", out, "--json"])
     assert json.loads(capsys.readouterr().out) == {"output": out, "experts": ["layer_norm"]}
-    main(["join", out, f"attention={file['attention']}", "-o", str(tmp_path / "both")])
+    more = [f"{kind}={file[kind]}" for kind in ("attention", "depthwise")]
+    main(["join", out, *more, "-o", str(tmp_path / "both")])
     both = load_ghn(str(tmp_path / "both"))
     for name, tensor in joined.state_dict().items():
         assert torch.equal(both.state_dict()[name], tensor.half().float()), "what was joined before is kept"
@@ -89,7 +97,7 @@ def test_going_on_with_one_of_them(joined: GHN, parts: dict[str | None, GHN]) ->
         alone = joined.alone(kind)
         assert alone.config == ghn.config
         assert all(torch.equal(tensor, ghn.state_dict()[name]) for name, tensor in alone.state_dict().items())
-    with pytest.raises(ValueError, match="no expert for 'vision'; it has attention, layer_norm"):
+    with pytest.raises(ValueError, match="no expert for 'vision'; it has attention, depthwise, layer_norm"):
         joined.alone("vision")
 
 

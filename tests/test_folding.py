@@ -23,10 +23,14 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "depthwise conv": lambda x, w, v: F.conv2d(x, w["depthwise"], v["channels"], 1, 2, 2, x.shape[1]),
     "grouped conv": lambda x, w, v: F.conv2d(x, w["grouped"], None, 1, 1, 1, 4) if x.shape[1] == 8 else x,
     "linear": lambda x, w, v: F.linear(x.mean((2, 3)), w["matrix"], v["out"]),
+    "linear over a whole": lambda x, w, v: F.linear(unfold(x).mean((2, 3)), w["matrix"], v["out"]),
+    "conv over a whole": lambda x, w, v: F.conv2d(unfold(x), w["conv"]),
     "linear over tokens": lambda x, w, v: F.linear(x.flatten(2).transpose(1, 2), w["matrix"]),
     "batch norm": lambda x, w, v: F.batch_norm(x, None, None, v["channels"], v["bias"], True),
     "layer norm": lambda x, w, v: F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2], v["channels"], v["bias"], 1e-6),
     "group norm": lambda x, w, v: F.group_norm(x, 1, v["channels"], v["bias"]),
+    "norm of two groups": lambda x, w, v: F.group_norm(x, 4, v["channels"], v["bias"]) if x.shape[1] == 8 else x,
+    "norm of groups that no part holds": lambda x, w, v: F.group_norm(x, 1 + (x.shape[1] == 8), v["channels"]),
     "layer norm over positions too": lambda x, w, v: F.layer_norm(x, x.shape[1:]),
     "activations": lambda x, w, v: F.gelu(F.silu(x) + F.hardswish(x) * x.sigmoid()) - F.relu(x * 1, inplace=True) ** 2,
     "sum": lambda x, w, v: x + 2 * x - x * v["scale"] + 1,
@@ -85,6 +89,14 @@ def test_what_stays_folded() -> None:
     assert isinstance(y, Folded) and y.part.shape == (2, 4, 6, 6) and y.shape == (2, 11, 6, 6)
     y = F.linear(F.max_pool2d(y, 2).mean((2, 3)), fold(torch.randn(10, 4), (10, 11)))
     assert not isinstance(y, Folded) and y.shape == (2, 10)
+
+
+def test_copies_that_meet_the_same_weights_are_added_up() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((2, 8, 5, 5), (4, 4, 3, 3)))
+    folded = F.conv2d(fold(x, (2, 16, 5, 5)), fold(w, (12, 16, 3, 3)))
+    assert isinstance(folded, Folded) and folded.part.shape == (2, 4, 3, 3)
+    torch.testing.assert_close(unfold(folded), F.conv2d(tile(x, (2, 16, 5, 5)), tile(w, (12, 16, 3, 3))))
 
 
 def test_folded_tensors_tell_of_the_whole() -> None:

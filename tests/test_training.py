@@ -410,7 +410,7 @@ def network(family: str) -> Architecture:
 
 @pytest.mark.parametrize("family", [
     "bottleneck", "mobilenetv2", "convnext", "vit", "swin", "repvgg", "eva", "cait", "xcit", "swinv2", "levit",
-    "maxvit",
+    "maxvit", "resnetv2_group", "residual_group", "nfnet",
 ])  # fmt: skip
 def test_a_task_computes_what_its_network_does(family: str) -> None:
     """With the network's own parameters, a task is that network; whatever no GHN predicts is among its fixed values."""

@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--init", help="start from these weights: a tag, directory, .safetensors file or hf-hub:org/repo")
     run.add_argument(
         "--expert", metavar="KIND",
-        help="from those that --init has for this kind of networks (attention, layer_norm, or general for all others)",
+        help="from those that --init has for this kind of networks (attention, layer_norm, depthwise, or general)",
     )  # fmt: skip
     run.add_argument(
         "--teacher", nargs="?", const="", metavar="RUN",

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
-KINDS = {"attention": "msa", "layer_norm": "ln"}
-"""Kinds of networks that can have a GHN of their own, with the primitive that tells them; the first one counts."""
+from ..graph import ComputationGraph
 
 
-def kind_of(ops: Collection[str], experts: Collection[str]) -> str | None:
-    """The kind of a network of these primitives among those that there are experts for; None if it is none of them."""
-    return next((kind for kind, primitive in KINDS.items() if kind in experts and primitive in ops), None)
+def _has_depthwise(graph: ComputationGraph) -> bool:
+    return any(
+        op in ("sep_conv", "dil_conv") and shape is not None and shape[1] == 1
+        for op, shape in zip(graph.ops, graph.shapes, strict=True)
+    )
+
+
+KINDS: dict[str, Callable[[ComputationGraph], bool]] = {
+    "attention": lambda graph: "msa" in graph.ops,
+    "layer_norm": lambda graph: "ln" in graph.ops,
+    "depthwise": _has_depthwise,
+}
+"""Kinds of networks that can have a GHN of their own, and how they are told; the first one that fits counts."""
+
+
+def kind_of(graph: ComputationGraph, experts: Collection[str]) -> str | None:
+    """The kind of a network among those that there are experts for; None if it is none of them."""
+    return next((kind for kind, fits in KINDS.items() if kind in experts and fits(graph)), None)

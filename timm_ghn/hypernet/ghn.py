@@ -152,7 +152,7 @@ class GHN(
         """
         if not graphs:
             return []
-        kinds = [kind_of(graph.ops, self.config.experts) for graph in graphs]
+        kinds = [kind_of(graph, self.config.experts) for graph in graphs]
         if any(kinds):
             return self._by_experts(kinds, graphs, predict_head, tasks or [None] * len(graphs))
         predict_head = predict_head and self.config.predicts_head

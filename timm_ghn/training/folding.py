@@ -99,10 +99,15 @@ def _copies(whole: int, part: Tensor, dim: int) -> Tensor | int:
 def _contract(x: Tensor, weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Parts of an input and a weight [out, in, …] of a layer that sums over the input's dimension `dim`."""
     whole, x_part, w_part = weight.shape[1], _part(x), _part(weight)
-    if x_part.shape[dim] != w_part.shape[1]:
+    have, width = x_part.shape[dim], w_part.shape[1]
+    if have > width and whole % have == 0 and have % width == 0:
+        # Channels that meet copies of the same weights, as behind an attention, are added up first.
+        x_part = x_part.unflatten(dim, (-1, width)).sum(dim)
+        return x_part, w_part if have == whole else w_part * (whole // have)
+    if have != width:
         # Copies that do not coincide: only the output can be folded.
         return unfold(x), tile(w_part, (w_part.shape[0], *weight.shape[1:]))
-    if w_part.shape[1] != whole:
+    if width != whole:
         w_part = w_part * _copies(whole, w_part, 1)
     return x_part, w_part
 
@@ -136,7 +141,7 @@ def _conv2d(
 def _linear(func: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if any(dim != x.ndim - 1 for dim in _folded_dims(x)) or not _bias_fits(bias, weight):
         return NotImplemented
-    x, w = _contract(x, weight, -1)
+    x, w = _contract(x, weight, x.ndim - 1)
     y = func(x, w, _bias(bias, w.shape[0]))
     return fold(y, (*y.shape[:-1], weight.shape[0]))
 
@@ -175,9 +180,15 @@ def _group_norm(
     func: Callable[..., Tensor], x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Any:  # fmt: skip
-    if groups != 1:
+    if groups == 1:
+        return _norm_over_channels(x, 1, weight, bias, lambda part, w, b: func(part, 1, w, b, eps), eps)
+    part, width = _part(x), x.shape[1] // groups
+    vectors = [_part(vector) for vector in (weight, bias)]
+    if _folded_dims(x) != [1] or any(v is not None and v.shape[0] != part.shape[1] for v in vectors):
         return NotImplemented
-    return _norm_over_channels(x, 1, weight, bias, lambda part, w, b: func(part, 1, w, b, eps), eps)
+    if part.shape[1] % width:  # a copy that does not hold whole groups
+        return NotImplemented
+    return fold(func(part, part.shape[1] // width, *vectors, eps), x.shape)
 
 
 def _norm_over_channels(

@@ -94,8 +94,8 @@ class Family:
 
     Attributes:
         name: What `Architecture.family` says.
-        tier: Difficulty for a hypernetwork, from 0 (plain and residual) to 2 (attention and token mixing); 3 for the
-            attention of every other kind that the zoo has.
+        tier: Difficulty for a hypernetwork, from 0 (plain and residual) to 2 (attention and token mixing); 3 for
+            kinds that joined later: the zoo's other ways to attend, and to normalise.
         sample: Draws a configuration of plain numbers, strings, lists and dicts.
         build: (config, num_classes, in_chans, image_size) to a fresh module.
         cost: (config, num_classes, in_chans, image_size) to its `Cost`, without building anything. None where it is
@@ -109,6 +109,21 @@ class Family:
     build: Callable[[Config, int, int, int], nn.Module] = field(repr=False)
     cost: Callable[[Config, int, int, int], Cost] | None = field(default=None, repr=False)
     fixed_size: bool = False
+
+
+def built_by(network: Callable[..., nn.Module], sized: bool = False) -> Callable[[Config, int, int, int], nn.Module]:
+    """A family's `build`, where its configurations are arguments of a class.
+
+    Args:
+        network: The class.
+        sized: Whether it is told the size of its images.
+    """
+
+    def build(config: Config, num_classes: int, in_chans: int, image_size: int) -> nn.Module:
+        size = {"img_size": image_size} if sized else {}
+        return network(**config, **size, num_classes=num_classes, in_chans=in_chans)
+
+    return build
 
 
 def halve(size: int) -> int:

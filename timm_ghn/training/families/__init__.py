@@ -6,10 +6,22 @@ surround those of the real models: channels that double from stage to stage, bot
 with max-pooling that leaves 1×1 maps in the last stage of a 32×32 image, one linear classifier.
 """
 
-from timm_ghn.training.families import deepnets, hierarchical, hybrid, metaformer, mobile, plain, residual, vit
+from timm_ghn.training.families import (
+    convolutional,
+    deepnets,
+    hierarchical,
+    hybrid,
+    metaformer,
+    mobile,
+    normalisation,
+    plain,
+    residual,
+    token_mixing,
+    vit,
+)
 from timm_ghn.training.sampling import Family
 
-_OF_TIMM = (plain, residual, mobile, metaformer, vit, hierarchical, hybrid)
+_OF_TIMM = (plain, residual, mobile, metaformer, vit, hierarchical, hybrid, normalisation, convolutional, token_mixing)
 
 FAMILIES: dict[str, dict[str, Family]] = {
     "timm": {family.name: family for kind in _OF_TIMM for family in kind.FAMILIES},
