@@ -62,7 +62,7 @@ class Folded(Tensor):
 
 def fold(part: Tensor, shape: Size) -> Tensor:
     """The tensor of a shape that is made of copies of `part`; `part` itself if there is nothing to copy."""
-    part = part.view(*part.shape, *(1,) * (len(shape) - part.ndim))  # dimensions that it lacks at the end, as `tile`
+    part = part.view((*part.shape, *(1,) * (len(shape) - part.ndim)))  # dimensions that it lacks at the end, as `tile`
     return part if part.shape == tuple(shape) else Folded(part, shape)
 
 

@@ -7,6 +7,7 @@ with max-pooling that leaves 1×1 maps in the last stage of a 32×32 image, one 
 """
 
 from timm_ghn.training.families import (
+    attending,
     convolutional,
     deepnets,
     hierarchical,
@@ -21,7 +22,10 @@ from timm_ghn.training.families import (
 )
 from timm_ghn.training.sampling import Family
 
-_OF_TIMM = (plain, residual, mobile, metaformer, vit, hierarchical, hybrid, normalisation, convolutional, token_mixing)
+_OF_TIMM = (
+    plain, residual, mobile, metaformer, vit, hierarchical, hybrid,
+    normalisation, convolutional, token_mixing, attending,
+)  # fmt: skip
 
 FAMILIES: dict[str, dict[str, Family]] = {
     "timm": {family.name: family for kind in _OF_TIMM for family in kind.FAMILIES},
