@@ -73,6 +73,7 @@ PINNED_FAMILIES = {
     "mobilevitv2": "4dbfe731135b07e7",
     "coatnet": "b902c31be6940c6a",
     "maxvit": "4fa9b53b1f3c9beb",
+    "mobile_same": "a536edbe3c42a4ce",
     "resnetv2": "ed953e37e1cfbc02",
     "resnetv2_group": "2237f63aada64842",
     "residual_group": "dbbf4cf282ed225f",

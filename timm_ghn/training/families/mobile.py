@@ -59,6 +59,11 @@ _INVERTED_ACTIVATIONS = {
 }
 
 
+def _sample_same(draw: Draw) -> Config:
+    """As TensorFlow pads: all on one side, where a stride leaves it an odd number of zeros."""
+    return {**_sample_inverted(draw, draw.choice(tuple(_INVERTED_ACTIVATIONS))), "pad": "same"}
+
+
 def _inverted_block_args(stage: Config, layer: int) -> Config:
     args: Config = {
         "block_type": stage["block"],
@@ -88,6 +93,8 @@ def _build_inverted(config: Config, num_classes: int, in_chans: int, image_size:
         "stem_size": config["stem_width"],
         "act_layer": _INVERTED_ACTIVATIONS[config["kind"]],
     }
+    if "pad" in config:
+        args |= {"pad_type": config["pad"], "norm_layer": partial(nn.BatchNorm2d, eps=1e-3)}
     if config["kind"] != "mobilenetv3":
         return EfficientNet(**args)
     se = partial(SqueezeExcite, gate_layer="hard_sigmoid", force_act_layer=nn.ReLU, rd_round_fn=make_divisible)
@@ -128,7 +135,10 @@ def _cost_inverted(config: Config, num_classes: int, in_chans: int, image_size: 
     return cost
 
 
-FAMILIES = tuple(
-    Family(kind, 1, partial(_sample_inverted, kind=kind), _build_inverted, _cost_inverted)
-    for kind in ("mobilenetv2", "mobilenetv3", "efficientnet", "efficientnetv2")
+FAMILIES = (
+    *(
+        Family(kind, 1, partial(_sample_inverted, kind=kind), _build_inverted, _cost_inverted)
+        for kind in _INVERTED_ACTIVATIONS
+    ),
+    Family("mobile_same", 3, _sample_same, _build_inverted, _cost_inverted),
 )
