@@ -107,10 +107,11 @@ def _sample_nfnet(draw: Draw) -> Config:
         }  # fmt: skip
     widths = stage_widths(draw, draw.choice((32, 64, 64, 96, 128)), stages)
     attention = draw.choice(("se", "se", "eca"))
+    ratio = draw.choice((0.25, 0.5, 0.5))
     published = draw.chance(0.4)  # as their authors have them; timm's own are quicker
     return {
         "depths": depths, "channels": widths, "stem_type": "deep_quad", "stem_chs": draw.choice((32, 64)),
-        "group_size": draw.choice((8, 16, 32)), "bottle_ratio": draw.choice((0.25, 0.5, 0.5)), "extra_conv": True,
+        "group_size": min(draw.choice((8, 16, 32)), int(ratio * widths[0])), "bottle_ratio": ratio, "extra_conv": True,
         "num_features": round(draw.choice((1.5, 2)) * widths[-1]), "act_layer": draw.choice(("gelu", "silu")),
         "attn_layer": attention, "attn_kwargs": {"rd_ratio": 0.5} if attention == "se" else {},
         "gamma_in_act": published, "same_padding": published, "skipinit": published,
