@@ -18,6 +18,7 @@ from timm_ghn.graph import trace
 from timm_ghn.hypernet.config import PUBLISHED_PRIMITIVES
 from timm_ghn.training.architectures import SPLITS, Architecture, architecture, families
 from timm_ghn.training.families import FAMILIES
+from timm_ghn.training.sampling import Draw
 
 CASES = [
     (source, split, name)
@@ -184,6 +185,13 @@ def test_splits_of_families_by_name_are_disjoint(name: str) -> None:
 # What the graphs of timm's models of these kinds have no node for either.
 KEPT = {"cls_token", "reg_token", "latent", "freqs", "temperature", "logit_scale", "attention_biases", "gamma"}
 KEPT |= {"gain", "alpha", "beta", "ls", "gating_param"}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_whatever_is_drawn_can_be_built(name: str) -> None:
+    draw = Draw("any", name)
+    for _ in range(20):
+        Architecture("timm", name, FAMILIES["timm"][name].sample(draw)).skeleton(10)
 
 
 @pytest.mark.parametrize("name", JOINED)
