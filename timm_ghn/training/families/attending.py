@@ -38,7 +38,7 @@ def _sample_davit(draw: Draw) -> Config:
 def _sample_twins(draw: Draw) -> Config:
     widths, heads = _widths_and_heads(draw, 4)
     return {
-        "patch_size": 4,  # anything else would be one fixed to the last stage
+        "patch_size": 4,
         "embed_dims": widths,
         "num_heads": heads,
         "mlp_ratios": draw.choice(([4, 4, 4, 4], [8, 8, 4, 4])),

@@ -21,10 +21,10 @@ from torch import nn
 from timm_ghn.training.sampling import Config, Draw, Family, built_by, stage_depths, stage_widths
 
 
-def _stages(draw: Draw, first: tuple[int, ...], most: int = 3) -> tuple[list[int], list[int]]:
+def _stages(draw: Draw, first: tuple[int, ...]) -> tuple[list[int], list[int]]:
     """Widths and depths of two to four stages."""
     widths = stage_widths(draw, draw.choice(first), draw.choice((2, 3, 3, 4, 4)))
-    return widths, stage_depths(draw, len(widths), most)
+    return widths, stage_depths(draw, len(widths), 3)
 
 
 def _sample_fasternet(draw: Draw) -> Config:
