@@ -184,7 +184,7 @@ def test_splits_of_families_by_name_are_disjoint(name: str) -> None:
 
 # What the graphs of timm's models of these kinds have no node for either.
 KEPT = {"cls_token", "reg_token", "latent", "freqs", "temperature", "logit_scale", "attention_biases", "gamma"}
-KEPT |= {"gain", "alpha", "beta", "ls", "gating_param"}
+KEPT |= {"gain", "skipinit_gain", "alpha", "beta", "ls", "gating_param"}
 
 
 @pytest.mark.parametrize("name", JOINED)
