@@ -107,6 +107,7 @@ def test_folded_tensors_tell_of_the_whole() -> None:
     constant, varied = fold_constant(torch.full((5,), 2.0)), fold_constant(torch.arange(5.0))
     assert isinstance(constant, Folded) and torch.equal(unfold(constant), torch.full((5,), 2.0))
     assert not isinstance(varied, Folded)
+    assert torch.equal(fold_constant(torch.tensor(2.0)), torch.tensor(2.0))
 
 
 CASES = [(source, family, False) for source in SPLITS for family in families(source, max_tier=3)]

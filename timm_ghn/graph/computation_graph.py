@@ -145,6 +145,14 @@ class ComputationGraph:
             },
         )
 
+    @property
+    def has_depthwise(self) -> bool:
+        """Whether there are convolutions of one input channel each."""
+        return any(
+            op in ("sep_conv", "dil_conv") and shape is not None and shape[1] == 1
+            for op, shape in zip(self.ops, self.shapes, strict=True)
+        )
+
     @cached_property
     def untied(self) -> ComputationGraph:
         """The graph with a node for each part of a fused projection, where it has one for the whole.

@@ -6,18 +6,10 @@ from collections.abc import Callable, Collection
 
 from ..graph import ComputationGraph
 
-
-def _has_depthwise(graph: ComputationGraph) -> bool:
-    return any(
-        op in ("sep_conv", "dil_conv") and shape is not None and shape[1] == 1
-        for op, shape in zip(graph.ops, graph.shapes, strict=True)
-    )
-
-
 KINDS: dict[str, Callable[[ComputationGraph], bool]] = {
     "attention": lambda graph: "msa" in graph.ops,
     "layer_norm": lambda graph: "ln" in graph.ops,
-    "depthwise": _has_depthwise,
+    "depthwise": lambda graph: graph.has_depthwise,
 }
 """Kinds of networks that can have a GHN of their own, and how they are told; the first one that fits counts."""
 

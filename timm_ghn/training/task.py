@@ -98,10 +98,7 @@ class Task:
                 self.module.set_submodule(name, nn.Identity())
         self.shapes = {name: parameter.shape for name, parameter in self.module.named_parameters()}
 
-        self._has_exceptions = "msa" in self.graph.ops or any(
-            op in ("sep_conv", "dil_conv") and shape is not None and shape[1] == 1
-            for op, shape in zip(self.graph.ops, self.graph.shapes, strict=True)
-        )
+        self._has_exceptions = "msa" in self.graph.ops or self.graph.has_depthwise
 
     def parameters(self, tiles: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the GHN predicted, in the parameters' full shapes; differentiable."""

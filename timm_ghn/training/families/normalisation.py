@@ -10,6 +10,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.resnetv2 import ResNetV2
 from torch import nn
 
+from timm_ghn.training.families.residual import without_unused
 from timm_ghn.training.sampling import STEM_WIDTHS, Config, Draw, Family, stage_depths, stage_widths
 
 # --- ResNetV2: norm and activation before each convolution, BiT's with groups and standardised weights ---
@@ -77,11 +78,7 @@ def _build_grouped(config: Config, num_classes: int, in_chans: int, image_size: 
         channels=tuple(config["widths"]),
         norm_layer=GroupNorm,
     )
-    if not config["pool"]:
-        model.maxpool = nn.Identity()
-    for stage in range(len(config["depths"]), 4):  # ResNet's forward pass names four
-        setattr(model, f"layer{stage + 1}", nn.Identity())
-    return model
+    return without_unused(model, config)
 
 
 # --- NFNet: scaled and standardised weights in the place of norms ---

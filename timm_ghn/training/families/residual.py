@@ -61,9 +61,14 @@ def _build_resnet(config: Config, num_classes: int, in_chans: int, image_size: i
     if config["stem"] in ("7x7", "3x3"):
         kernel = int(config["stem"][0])
         model.conv1 = nn.Conv2d(in_chans, width, kernel, config["stem_stride"], kernel // 2, bias=False)
+    return without_unused(model, config)
+
+
+def without_unused(model: ResNet, config: Config) -> ResNet:
+    """A ResNet without the pool and those of its forward pass's four stages that its configuration leaves out."""
     if not config["pool"]:
         model.maxpool = nn.Identity()
-    for stage in range(len(config["depths"]), 4):  # ResNet's forward pass names four
+    for stage in range(len(config["depths"]), 4):
         setattr(model, f"layer{stage + 1}", nn.Identity())
     return model
 
