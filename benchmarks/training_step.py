@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from graph_layer import NOT_MEASURED, machine
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from timm_ghn.command_line import Parser, exit_status, integer, output_directory
@@ -81,7 +81,7 @@ def make_plain(ghn: GHN) -> GHN:
     decoder: Any = ghn.decoder
     decode = decoder.forward
 
-    def pass_messages(x: Tensor, edges: Tensor, sizes: list[int]) -> Tensor:
+    def pass_messages(x: Tensor, edges: Tensor, sizes: list[int], embeddings: Sequence[nn.Embedding]) -> Tensor:
         layers = (gnn.mlp.fc[0], gnn.mlp.fc[2], gnn.mlp_ve.fc[0], gnn.mlp_ve.fc[2])
         weights = [tensor for layer in layers for tensor in (layer.weight, layer.bias)]
         gru = gnn.gru

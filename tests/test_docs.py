@@ -56,7 +56,7 @@ NOT_RUN = {
     "python benchmarks/dense.py": "is run by test_dense.py",
     "python benchmarks/create_model.py": "measures time, for minutes",
     "python benchmarks/graph_layer.py": "likewise",
-    "python benchmarks/training_step.py": "likewise",
+    "python benchmarks/training_step.py": "is run by test_training_step.py",
     "python -m timm_ghn": "is a name, not a command line",
 }
 _TRAIN = (
