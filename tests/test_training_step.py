@@ -6,7 +6,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_it_times_the_plain_step_and_ours(tmp_path: Path, run_benchmark: Callable[..., None]) -> None:
     few = ["--architectures", "1", "--plain-architectures", "1", "--meta-batch", "1", "--batch-size", "4"]
     run_benchmark("training_step", "--sources", "timm", *few, "--out", str(tmp_path))
