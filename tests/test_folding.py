@@ -16,7 +16,19 @@ from timm_ghn.training.architectures import SPLITS, architecture, families
 from timm_ghn.training.folding import Folded, fold, fold_constant, unfold
 from timm_ghn.training.task import Task, prepare
 
+
 # Parts of 4 channels, in wholes of 8 and of 11.
+def in_place(x: Tensor, scale: Tensor) -> Tensor:
+    """As networks do that pay no attention to what these return."""
+    x.mul_(scale)
+    F.relu(x, inplace=True)
+    x = x * 1
+    x.clamp_(max=1.0)
+    x += 1
+    x[:, 1] = 0.5
+    return x
+
+
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "conv": lambda x, w, v: F.conv2d(x, w["conv"], v["out"], 2, 1),
     "conv of another period": lambda x, w, v: F.conv2d(x, w["wide"], None, 1, 1),
@@ -45,6 +57,8 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "concat": lambda x, w, v: torch.cat([x, F.relu(x)], 1),
     "slice": lambda x, w, v: x[:, 2:5].chunk(3, 1)[1],
     "dropout": lambda x, w, v: F.dropout(x, 0.5, training=False),
+    "in place": lambda x, w, v: in_place(x * 1, v["scale"]),
+    "in place, of a whole": lambda x, w, v: unfold(x).mul(2).add_(x * v["scale"]),
     "casts": lambda x, w, v: x.float().contiguous().to(torch.float64).clone(),
 }  # fmt: skip
 

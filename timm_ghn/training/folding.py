@@ -46,14 +46,20 @@ class Folded(Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        handler = _HANDLERS.get(func)
-        if handler is not None:
-            result = handler(func, *args, **kwargs)
-            if result is not NotImplemented:
-                return result
-        args = torch.utils._pytree.tree_map_only(Folded, unfold, args)
-        kwargs = torch.utils._pytree.tree_map_only(Folded, unfold, kwargs)
-        return func(*args, **kwargs)
+        changed = args[0] if kwargs.get("inplace") or _is_in_place(func) else None
+        result = NotImplemented
+        if func in _HANDLERS and (changed is None or isinstance(changed, Folded)):
+            result = _HANDLERS[func](func, *args, **kwargs)
+        if result is NotImplemented:
+            args = torch.utils._pytree.tree_map_only(Folded, unfold, args)
+            kwargs = torch.utils._pytree.tree_map_only(Folded, unfold, kwargs)
+            result = func(*args, **kwargs)
+            if func is Tensor.__setitem__:
+                result = args[0]
+        if isinstance(changed, Folded):
+            changed.part = _part(result)
+            return changed
+        return result
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def, override]
@@ -75,6 +81,11 @@ def fold_constant(x: Tensor) -> Tensor:
 def unfold(x: Tensor) -> Tensor:
     """The whole, as an ordinary tensor."""
     return tile(x.part, x.shape) if isinstance(x, Folded) else x
+
+
+def _is_in_place(func: Callable[..., Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    return func in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
 def _part(x: Any) -> Any:
@@ -322,6 +333,12 @@ _METADATA = frozenset(
     }
     | {getattr(Tensor, name) for name in ("size", "dim", "numel", "is_floating_point", "element_size", "__len__")}
 )
+
+_IN_PLACE = frozenset(
+    (
+        Tensor.__iadd__, Tensor.__imul__, Tensor.__isub__, Tensor.__itruediv__, Tensor.__ipow__, Tensor.__setitem__,
+    )
+)  # fmt: skip
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     F.conv2d: _conv2d, F.linear: _linear, F.batch_norm: _batch_norm, F.layer_norm: _layer_norm,
