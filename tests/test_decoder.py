@@ -60,6 +60,13 @@ def test_nothing_is_tiled_up_to_the_widest_layer() -> None:
         assert prediction.report.predicted_fraction > 0.999  # all but the class token
 
 
+@pytest.mark.parametrize("name", sorted(DECODERS))
+def test_classes_of_kernels_that_are_not_square(name: str) -> None:
+    config = dataclasses.replace(CONFIG, max_shape=(16, 8, 3, 3), decoder=name)
+    weights = GHN(config).decoder.class_weight(torch.randn(2, CONFIG.hid), 8)
+    assert weights.shape == (2, CONFIG.num_classes, 8)
+
+
 @pytest.mark.slow
 def test_it_learns() -> None:
     """A few steps of gradient descent on what the predicted weights compute; in float64, for the same on any CPU."""

@@ -61,6 +61,18 @@ def test_embeddings_of_all_kinds_are_the_general_ones(joined: GHN, parts: dict[s
     torch.testing.assert_close(embed(list(OWNERS), joined), embed(list(OWNERS), general))
 
 
+def test_taking_apart_and_joining_change_nothing_else(joined: GHN) -> None:
+    before = torch.random.get_rng_state()
+    general, expert = joined.double().alone(), joined.alone("attention")
+    again = general.with_experts({"attention": expert})
+    assert torch.equal(torch.random.get_rng_state(), before), "nothing is drawn"
+    for ghn in (general, expert, again):
+        assert {tensor.dtype for tensor in ghn.state_dict().values()} == {torch.float64}
+    with torch.no_grad():
+        general.embed.weight.zero_()
+    assert joined.embed.weight.any() and again.embed.weight.any(), "they share no memory"
+
+
 def test_a_file_is_in_half_precision_and_read_in_single(joined: GHN, tmp_path: Path) -> None:
     joined.save_pretrained(tmp_path / "joined")
     config = json.loads((tmp_path / "joined" / "config.json").read_text())

@@ -693,3 +693,18 @@ def test_half_precision_is_close(shared: Path) -> None:
 def test_a_gated_gnn_stays_in_single_precision(ghn_file: Path) -> None:
     with pytest.raises(ValueError, match=r"a GatedGNN computes in torch\.float32"):
         load_ghn(ghn_file, dtype=torch.float16)
+
+
+def test_a_refused_tag_leaves_the_others(tmp_path: Path, ghn_file: Path) -> None:
+    catalog = Catalog(tmp_path)
+
+    def refuse(tag: str) -> None:
+        if tag == "refused":
+            catalog.register("meanwhile", ghn_file)  # as another thread may
+            raise CheckpointError("no")
+
+    catalog.on_register.append(refuse)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="no"):
+            catalog.register("refused", ghn_file)
+        assert catalog.list_ghns() == ["meanwhile"]

@@ -55,6 +55,10 @@ class Catalog:
         with self._lock:
             return sorted({*self.published, *self.registered})
 
+    def tag_of(self, source: str) -> str:
+        """What a saved model says it was predicted by: a tag, or "ghn" for a GHN that has none, never a path."""
+        return source if source in self.list_ghns() else "ghn"
+
     def register(self, tag: str, source: str | os.PathLike[str]) -> None:
         """Gives a GHN a tag, so that ``timm.create_model(name, pretrained_cfg=tag)`` predicts with it.
 
@@ -72,15 +76,17 @@ class Catalog:
         if isinstance(found, LocalFiles):
             found.files()
         with self._lock:
-            before = dict(self.registered)
+            before = self.registered.get(tag)
             self.registered[tag] = found
         try:
             for tell in self.on_register:
                 tell(tag)
         except BaseException:
             with self._lock:
-                self.registered.clear()
-                self.registered.update(before)
+                if before is None:
+                    del self.registered[tag]
+                else:
+                    self.registered[tag] = before
             raise
 
     def find(self, name: str) -> Source:

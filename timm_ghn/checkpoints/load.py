@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..ambient import plain_torch
 from ..errors import CheckpointError
@@ -111,15 +110,7 @@ def _load(checkpoint: Checkpoint) -> GHN:
     for name, tensor in state.items():
         if not torch.stack(tensor.aminmax()).isfinite().all():  # NaN spreads; no temporary of the tensor's size
             raise CheckpointError(f"{file} holds NaN or infinite values in {name}: this GHN cannot predict anything.")
-    # On meta nothing is initialised only to be overwritten, and the caller's random state is left alone.
-    with torch.device("meta"):
-        ghn = GHN(config)
-    # Not by load_state_dict, which registers parameters: where those are made without memory for their values
-    # (accelerate's init_empty_weights), it is that function which is replaced.
-    for name, tensor in state.items():
-        prefix, _, attribute = name.rpartition(".")
-        ghn.get_submodule(prefix)._parameters[attribute] = nn.Parameter(tensor)
-    return ghn.eval()
+    return GHN.of(config, state)
 
 
 def _read_tensors(file: Path) -> dict[str, torch.Tensor]:

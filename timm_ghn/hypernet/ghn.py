@@ -70,6 +70,19 @@ class GHN(
         if config.experts:
             self.experts = nn.ModuleDict({kind: GHN(config.without_experts) for kind in config.experts})
 
+    @classmethod
+    def of(cls, config: GHNConfig, tensors: Mapping[str, torch.Tensor]) -> GHN:
+        """A GHN in eval mode with these tensors, which are those of `parameter_shapes`, as its parameters."""
+        # On meta nothing is initialised only to be overwritten, and the caller's random state is left alone.
+        with torch.device("meta"):
+            ghn = cls(config)
+        # Not by load_state_dict, which registers parameters: where those are made without memory for their values
+        # (accelerate's init_empty_weights), it is that function which is replaced.
+        for name, tensor in tensors.items():
+            prefix, _, attribute = name.rpartition(".")
+            ghn.get_submodule(prefix)._parameters[attribute] = nn.Parameter(tensor)
+        return ghn.eval()
+
     def alone(self, kind: str | None = None) -> GHN:
         """The GHN that predicts a kind of networks, see `GHNConfig.experts`, or without a kind all others.
 
@@ -78,11 +91,9 @@ class GHN(
         """
         if kind not in (None, *self.config.experts):
             raise ValueError(f"This GHN has no expert for {kind!r}; it has {', '.join(self.config.experts) or 'none'}.")
-        if kind:
-            return copy.deepcopy(cast(GHN, self.experts[kind]))
-        ghn = GHN(self.config.without_experts)
-        ghn.load_state_dict({name: x for name, x in self.state_dict().items() if not name.startswith("experts.")})
-        return ghn.eval()
+        whole = self.experts[kind] if kind else self
+        tensors = {name: x.clone() for name, x in whole.state_dict().items() if not name.startswith("experts.")}
+        return GHN.of(self.config.without_experts, tensors)
 
     def with_experts(self, experts: Mapping[str, GHN]) -> GHN:
         """A GHN that leaves kinds of networks to others.
@@ -103,12 +114,11 @@ class GHN(
                     f"The expert for {kind} differs from this GHN in {', '.join(differing) or 'experts'}; both must "
                     "have one config."
                 )
-        whole = GHN(dataclasses.replace(general.config, experts=tuple(sorted(experts))))
         tensors = general.state_dict()
         for kind, expert in experts.items():
             tensors |= {f"experts.{kind}.{name}": tensor for name, tensor in expert.state_dict().items()}
-        whole.load_state_dict(tensors)
-        return whole.eval()
+        whole = dataclasses.replace(general.config, experts=tuple(sorted(experts)))
+        return GHN.of(whole, {name: tensor.clone() for name, tensor in tensors.items()})
 
     @classmethod
     def parameter_shapes(cls, config: GHNConfig) -> dict[str, tuple[int, ...]]:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from .message_passing import MLP
 
 _SIDE = 32  # images are looked at in no more detail
-_IMAGES = 2000  # that a sketch is made of at most
+_IMAGES = 2000  # that are enough for a sketch
 _SMALL = 1e-2  # added before logarithms
 _HIDDEN = 64
 _CLASSES = 10  # that a sketch counts from
@@ -36,7 +36,8 @@ def sketch(batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     variance lies between classes, the size of the images and the number of classes.
 
     Args:
-        batches: Normalised images [n, channels, height, width], and labels [n]; the first 2,000 are looked at.
+        batches: Normalised images [n, channels, height, width], and labels [n]; so many are looked at as are needed for
+            2,000 images.
 
     Returns:
         float32 [`SKETCH`], on the CPU.

@@ -8,8 +8,6 @@ import zipfile
 import zlib
 from pathlib import Path
 
-import torch
-
 from ...errors import CheckpointError
 from ...files import whole_files
 from ...hypernet import GHN
@@ -46,10 +44,7 @@ def convert_file(path: str | os.PathLike[str], out_dir: str | os.PathLike[str]) 
         told = isinstance(error, ValueError | OSError | zipfile.BadZipFile | zlib.error)
         reason = str(error) if told else f"it is malformed ({type(error).__name__})"
         raise CheckpointError(f"Cannot convert {path}: {' '.join(reason.split())}.") from error
-    with torch.device("meta"):
-        ghn = GHN(config)
-    ghn.load_state_dict(state, assign=True)
     with whole_files(out_dir) as unfinished:
-        ghn._save_pretrained(unfinished)
+        GHN.of(config, state)._save_pretrained(unfinished)
     logger.info("converted %s to %s: %s", path, out_dir, config)
     return out_dir

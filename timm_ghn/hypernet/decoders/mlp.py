@@ -38,7 +38,7 @@ class MLPDecoder(Decoder):
         out, into, height, width = config.max_shape
         self.mlp = MLP(config.hid, 2 * config.hid, out * into * height * width)
         if config.predicts_head:
-            self.class_layer_predictor = nn.Sequential(nn.ReLU(), nn.Linear(2 * config.hid, config.num_classes * out))
+            self.class_layer_predictor = nn.Sequential(nn.ReLU(), nn.Linear(2 * config.hid, config.num_classes * into))
 
     def output_layers(self) -> list[nn.Module]:
         return [self.mlp.fc[-1], *([self.class_layer_predictor[-1]] if hasattr(self, "class_layer_predictor") else [])]
