@@ -10,6 +10,7 @@ import timm
 import torch
 from PIL import Image
 
+import timm_ghn
 from timm_ghn.cli import main
 from timm_ghn.evaluation.accuracy import accuracy
 from timm_ghn.training.data import load_dataset
@@ -57,7 +58,10 @@ def test_the_best_candidate_is_a_model_that_timm_reads(
 def test_few_images_and_a_network_of_one_size(folder: Path, tmp_path: Path) -> None:
     data = ["--data", str(folder), "--holdout", "15", "--image-size", "32", "--device", "cpu"]
     file = tmp_path / "few.safetensors"
+    data += ["--ghn", str(Path(timm_ghn.__file__).parent / "weights" / "ghn2.safetensors")]
     assert main(["adapt", "test_vit", *data, "--support", "9", "--head", "prototype", "-o", str(file)]) == 0
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["pretrained_cfg"]["tag"] == "ghn", "a path of this machine means nothing to others"
     model = timm.create_model("test_vit", num_classes=3, img_size=32, checkpoint_path=str(file))
     assert model.head.weight.abs().sum() > 0
 

@@ -18,7 +18,13 @@ def test_what_was_computed_is_removed_and_nothing_else(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     assert main(["cache", "--clear"]) == 0, "there need be nothing"
     home = tmp_path / "timm-ghn"
-    files = ("graphs/a.json", "ghn3_tm8/model.safetensors", "ghn3_tm8/source.json", "datasets/cifar10/data")
+    files = (
+        "graphs/a.json",
+        "kernels/gated_gnn.so",
+        "ghn3_tm8/model.safetensors",
+        "ghn3_tm8/source.json",
+        "datasets/cifar10/data",
+    )
     for name in (*files, "../hub/blob"):
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / name).write_bytes(b"12345")
@@ -27,8 +33,11 @@ def test_what_was_computed_is_removed_and_nothing_else(
     kept = {row["what"]: row for row in json.loads(capsys.readouterr().out)["kept"]}
     assert kept["graphs"]["bytes"] == 5 and kept["graphs"]["where"] == str(home / "graphs")
     assert kept["ghn3_tm8, converted"]["files"] == 2 and kept["data sets"]["files"] == 1
-    assert main(["cache", "--clear"]) == 0
-    assert "removed 10 bytes" in capsys.readouterr().out
+    assert kept["graph layer, compiled"]["files"] == 1
+    assert main(["cache", "--clear", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["removed_bytes"] == 15
+    assert {row["what"]: row["files"] for row in told["kept"]}["graphs"] == 0, "what is left, not what was there"
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     # The record says which published file is trusted.
     assert left == {"timm-ghn/ghn3_tm8/source.json", "timm-ghn/datasets/cifar10/data", "hub/blob"}

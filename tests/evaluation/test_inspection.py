@@ -121,9 +121,14 @@ def test_what_cannot_be_inspected() -> None:
         inspect(timm.create_model("test_resnet", features_only=True), images=images(64))
 
 
+def test_a_single_image() -> None:
+    found = inspect("test_resnet", images=images(64, count=1))
+    assert found.output == "ok" and all(math.isnan(layer.difference) for layer in found.activations)
+
+
 def test_judgement() -> None:
     good = torch.tensor([[1.0, 2, 3], [3.0, 2, 1]])
-    assert judge(good) == "ok"
+    assert judge(good) == judge(good[:1]) == "ok"
     assert judge(good * 1e4) == "as large as 3e+04"
     assert judge(good / 0) == "not finite"
     assert judge(torch.ones(2, 3)) == "constant over the classes"

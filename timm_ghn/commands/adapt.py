@@ -104,11 +104,12 @@ def save(
     """The best model as timm reads it, a picture of what it confuses, and what can be done next."""
     from rich.console import Console
 
+    from ..checkpoints.catalog import CATALOG
     from ..evaluation.accuracy import confusion
     from ..evaluation.pictures import plot_confusion
     from ..export import save_classifier
 
-    config = save_classifier(model, args.output, args.ghn, support.described())
+    config = save_classifier(model, args.output, CATALOG.tag_of(args.ghn), support.described())
     picture = args.output.with_name("confusion.png")
     plot_confusion(confusion(model, test), support.names, picture)
     name, file, classes, size = best.name, shlex.quote(str(args.output)), support.num_classes, support.image_size

@@ -1,7 +1,7 @@
 """Say what is kept on this machine, and remove what was computed.
 
-Graphs that were traced before and converted checkpoints are made again when they are needed. Downloaded checkpoints are
-in huggingface_hub's own cache (`hf cache ls`), and data sets are never removed.
+Graphs that were traced before, converted checkpoints and the compiled graph layer are made again when they are needed.
+Downloaded checkpoints are in huggingface_hub's own cache (`hf cache ls`), and data sets are never removed.
 
 Examples:
     timm-ghn cache
@@ -11,6 +11,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import contextlib
 from pathlib import Path
 
 from ..command_line import add_json_argument, print_json, print_table
@@ -18,7 +19,9 @@ from ..command_line import add_json_argument, print_json, print_table
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Whether it is emptied."""
-    parser.add_argument("--clear", action="store_true", help="remove graphs and converted checkpoints")
+    parser.add_argument(
+        "--clear", action="store_true", help="remove graphs, converted checkpoints and the compiled graph layer"
+    )
     add_json_argument(parser)
 
 
@@ -29,19 +32,21 @@ def run(args: argparse.Namespace) -> None:
     from ..checkpoints.catalog import CATALOG
     from ..checkpoints.source import RECORD_NAME, converted_folder
     from ..graph import cache
+    from ..ops import native
     from ..training.data import default_root
 
-    made = [("graphs", cache.directory())]
+    made = [("graphs", cache.directory()), ("graph layer, compiled", native.directory())]
     made += [
         (f"{tag}, converted", converted_folder(tag))
         for tag, pin in CATALOG.published.items()
         if pin.format == "joblib"
     ]  # fmt: skip
-    rows = [_row(what, folder) for what, folder in [*made, ("data sets", default_root())]]
     removed = 0
     for file in (file for _, folder in made for file in folder.glob("*") if args.clear and file.name != RECORD_NAME):
-        removed += file.stat().st_size
-        file.unlink()
+        with contextlib.suppress(FileNotFoundError):  # another process may be removing old graphs
+            removed += file.stat().st_size
+            file.unlink()
+    rows = [_row(what, folder) for what, folder in [*made, ("data sets", default_root())]]
     if args.json:
         print_json({"kept": rows, "removed_bytes": removed})
         return
@@ -52,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     if args.clear:
         from rich.console import Console
 
-        Console().print(f"removed {removed:,} bytes: graphs and converted checkpoints", highlight=False)
+        Console().print(f"removed {removed:,} bytes", highlight=False)
 
 
 def _row(what: str, folder: Path) -> dict[str, object]:

@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> None:
 
     from ..checkpoints.load import load_ghn
     from ..demo import CLASSES, IMAGES, classify, draw, time_creation
+    from ..files import whole_file
     from ..training.data import load_dataset
 
     console = Console()
@@ -54,5 +55,6 @@ def run(args: argparse.Namespace) -> None:
     shown = {name: classes[drawn] for name, classes in predictions.items()}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     caption = f"Held-out images of CIFAR-10, and what networks see in them whose weights were predicted by {args.ghn}"
-    draw(test.images[drawn], test.labels[drawn], shown, caption).save(args.output)
+    with whole_file(args.output) as part:
+        draw(test.images[drawn], test.labels[drawn], shown, caption).save(part, "PNG")
     console.print(f"\n{len(drawn)} of the images and what each network sees in them: {args.output}", highlight=False)

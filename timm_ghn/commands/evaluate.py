@@ -151,6 +151,7 @@ def _report(args: argparse.Namespace, results: list[Measured]) -> None:
 
     from ..evaluation.accuracy import summarize
     from ..evaluation.pictures import plot_histogram
+    from ..files import whole_file
 
     if len(results) <= 40 and not args.json:
         table = Table("architecture", "parameters", "predicted", "top-1")
@@ -172,7 +173,8 @@ def _report(args: argparse.Namespace, results: list[Measured]) -> None:
     told = {name: value for name, value in vars(args).items() if isinstance(value, kinds) and name != "json"}
     everything = {"arguments": told, "summary": summaries, "architectures": [asdict(result) for result in results]}
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "results.json").write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
+    with whole_file(args.output / "results.json") as part:
+        part.write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
     if summaries:
         plot_histogram(results, args.output / "histogram.png")
     if args.json:

@@ -46,15 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Two tables and the findings."""
-    import torch
     from rich.console import Console
 
     from ..evaluation.inspection import inspect
 
     images = None
     if args.data is not None:
-        data = load_data(args, "val")
-        images, _ = data.batch(torch.arange(min(args.images, len(data))))
+        data = load_data(args, "val").first(args.images)
+        images, _ = next(data.batches(len(data)))
     found = inspect(args.name, args.ghn, images)
     if args.json:
         lists = ("parameters", "activations", "findings")

@@ -1,6 +1,7 @@
 """Join GHNs that were each trained on a kind of networks to one that chooses by the network.
 
-The kinds are attention and layer_norm (and no attention); the first GHN predicts all other networks.
+The kinds are attention, layer_norm and depthwise, and the first of them that fits a network counts; the first GHN
+predicts all other networks.
 
 Examples:
     timm-ghn join runs/convolution attention=runs/attention layer_norm=runs/layer_norm -o joined

@@ -52,13 +52,14 @@ def run(args: argparse.Namespace) -> None:
     """Prints the report of the prediction, and the files."""
     import torch
 
-    from ..checkpoints.catalog import list_ghns
+    from ..checkpoints.catalog import CATALOG
     from ..checkpoints.load import load_ghn
     from ..export import export
     from ..predictor import Predictor
 
     predictor = Predictor(load_ghn(args.ghn), args.head, preparation=args.finetune)
-    tag = args.ghn if args.ghn in list_ghns() else "ghn"
     dtype = getattr(torch, args.dtype)
-    report, files = export(args.name, args.output, predictor, tag, args.num_classes, dtype, args.max_shard_size)
+    report, files = export(
+        args.name, args.output, predictor, CATALOG.tag_of(args.ghn), args.num_classes, dtype, args.max_shard_size
+    )
     print_report(args, report, files)

@@ -44,12 +44,14 @@ def run(args: argparse.Namespace) -> None:
     from rich.table import Table
 
     from ..evaluation import zoo
+    from ..files import whole_file
 
     names = timm.list_models(args.patterns or "")
     found = zoo.sweep(names, args.ghn, args.output / "zoo.jsonl", args.workers, args.data)
     summary = zoo.summarize(track(found, "examining", len(names), console=Console(stderr=True)))
-    (args.output / "zoo.json").write_text(json.dumps(summary, indent=1) + "\n")
-    (args.output / "zoo.md").write_text(zoo.markdown(summary))
+    for name, text in (("zoo.json", json.dumps(summary, indent=1) + "\n"), ("zoo.md", zoo.markdown(summary))):
+        with whole_file(args.output / name) as part:
+            part.write_text(text)
     if args.json:
         print_json(summary)
     else:

@@ -23,7 +23,7 @@ from ..predictor import Predictor
 from ..preparation import branches_without_norm
 from .accuracy import create_model
 from .batches import check_images
-from .calibration import calibrate, modes_kept
+from .calibration import calibrate, device_of, modes_kept
 
 _LARGEST_OUTPUT = 1e4  # beyond, a softmax knows one class only, and training starts with gradients as large
 _LEAST_DIFFERENCE = 0.01  # of two images' outputs, next to how much they vary over the classes
@@ -234,7 +234,7 @@ def _run(model: nn.Module, images: Tensor) -> tuple[list[InspectedActivation], T
             )
             stack.callback(hook.remove)
         stack.enter_context(modes_kept(model))
-        outputs = model.eval()(images)
+        outputs = model.eval()(images.to(device_of(model)))
     if not isinstance(outputs, Tensor):
         raise GHNError(f"{type(model).__name__} returns a {type(outputs).__name__}; only one tensor can be judged.")
     return rows, outputs.flatten(1)
@@ -370,7 +370,7 @@ def _dead(layers: list[InspectedActivation], parameters: list[InspectedParameter
 
 
 def judge(outputs: Tensor) -> str:
-    """Whether a network's answers to different images [N, outputs] are of use: "ok", or what is wrong with them."""
+    """Whether a network's answers to images [N, outputs] are of use: "ok", or what is wrong with them."""
     if not outputs.isfinite().all():
         return "not finite"
     outputs = outputs.double()
@@ -379,7 +379,8 @@ def judge(outputs: Tensor) -> str:
     variation = torch.linalg.vector_norm(outputs, dim=1)
     if variation.min() <= 1e-6 * largest * outputs.shape[1] ** 0.5:
         return "constant over the classes"
-    difference = float(torch.linalg.vector_norm(outputs[1:] - outputs[:1], dim=1).max() / variation.max())
-    if difference < _LEAST_DIFFERENCE:
-        return f"almost the same for both images, a difference of {difference:.2%}"
+    if len(outputs) > 1:
+        difference = float(torch.linalg.vector_norm(outputs[1:] - outputs[:1], dim=1).max() / variation.max())
+        if difference < _LEAST_DIFFERENCE:
+            return f"almost the same for all images, a difference of {difference:.2%}"
     return "ok" if largest < _LARGEST_OUTPUT else f"as large as {largest:.0e}"

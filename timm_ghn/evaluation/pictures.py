@@ -47,7 +47,7 @@ def plot_histogram(results: Iterable[Measured], picture: Path) -> None:
         axes.hist([100 * r.accuracy[kind] for r in measured if kind in r.accuracy], bins=20, alpha=0.6, label=kind)
     axes.set(xlabel="top-1, %", ylabel="architectures")
     axes.legend()
-    figure.savefig(picture)
+    _save(figure, picture, {})
 
 
 def plot_confusion(counts: Tensor, names: Sequence[str] | None, picture: Path) -> None:
@@ -69,7 +69,7 @@ def plot_confusion(counts: Tensor, names: Sequence[str] | None, picture: Path) -
         axes.set_xticks(range(classes), ticks, rotation=90)
         axes.set_yticks(range(classes), ticks)
     axes.set(xlabel="answer", ylabel="class")
-    figure.savefig(picture)
+    _save(figure, picture, {})
 
 
 def plot_ranking(ranking: Ranking, picture: Path) -> None:

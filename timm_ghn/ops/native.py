@@ -147,11 +147,16 @@ def _load(d: int, hidden: int) -> ctypes.CDLL:
         return ctypes.CDLL(str(file))
 
 
+def directory() -> Path:
+    """Where libraries are kept."""
+    return Path(huggingface_hub.constants.HF_HOME) / "timm-ghn" / "kernels"
+
+
 def _own_folder() -> Path | None:
     """Where libraries are kept, if that is a place that only this user can write to."""
     if os.environ.get("TIMM_GHN_CACHE") == "0":
         return None
-    folder = Path(huggingface_hub.constants.HF_HOME) / "timm-ghn" / "kernels"
+    folder = directory()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.stat()

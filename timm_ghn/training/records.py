@@ -71,7 +71,8 @@ def plot_curves(log: Path, picture: Path) -> None:
     right.fill_between(steps, series("val_min")[1], series("val_max")[1], alpha=0.2, label="their range")
     right.set(xlabel="step", ylabel="top-1 of predicted weights, %")
     right.legend()
-    figure.savefig(picture)
+    with whole_file(picture) as part:
+        figure.savefig(part, format="png")
 
 
 _DETAILS = """| | |
