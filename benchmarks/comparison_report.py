@@ -8,6 +8,7 @@ import json
 import math
 import statistics
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def write(result: Row, folder: Path) -> None:
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
-def mean_error(values: list[float]) -> tuple[float, float]:
+def mean_error(values: Sequence[float]) -> tuple[float, float]:
     """Mean and its standard error (0 for a single value)."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     return statistics.mean(values), error

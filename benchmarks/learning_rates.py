@@ -94,8 +94,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # a CPU is slow on numbers next to nothing
     train = few_shot(load_dataset(arguments.data, "train"), 100, seed=0)
-    val = load_dataset(arguments.data, "val")
-    test = ImageDataset(val.images[: arguments.images], val.labels[: arguments.images], val.num_classes)
+    test = load_dataset(arguments.data, "val").first(arguments.images)
 
     rows: list[dict[str, Any]] = json.loads(file.read_text())["runs"] if file.exists() else []
     wanted = [

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import statistics
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import html_page
 import matplotlib
 import numpy as np
+from comparison_report import mean_error
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -143,12 +143,6 @@ def times_as_long(row: Row, steps: float | None) -> float:
     longest = max(row["sgd"])
     seconds: float = row["sgd"][longest]["seconds"] / longest
     return steps * seconds / float(row["predicted"]["seconds"])
-
-
-def mean_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error (0 for a single value)."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return statistics.mean(values), error
 
 
 def quartiles(values: list[float]) -> list[float | None]:

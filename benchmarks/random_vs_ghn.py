@@ -357,12 +357,13 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: torch.Ten
     return loss.item()
 
 
-def few_shot(images: ImageDataset, shots: int, seed: int) -> ImageDataset:
-    """So many images of each class, drawn by the seed."""
+def few_shot(images: ImageDataset, shots: int | None, seed: int) -> ImageDataset:
+    """So many images of each class, drawn by the seed; all of them for None, in its order."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).to(images.labels.device)
-    labels = images.labels[order]
-    rows = torch.cat([order[labels == label][:shots] for label in range(images.num_classes)])
-    return replace(images, images=images.images[rows], labels=images.labels[rows])
+    if shots is not None:
+        labels = images.labels[order]
+        order = torch.cat([order[labels == label][:shots] for label in range(images.num_classes)])
+    return images.rows(order)
 
 
 def held_out_rows(count: int, wanted: int) -> tuple[torch.Tensor, torch.Tensor]:

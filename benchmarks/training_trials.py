@@ -33,7 +33,6 @@ from timm_ghn.hypernet.ghn import GHN
 from timm_ghn.training.architectures import families
 from timm_ghn.training.config import TrainConfig
 from timm_ghn.training.data import load_dataset
-from timm_ghn.training.pool import Schedule, TaskPool
 from timm_ghn.training.teacher import soft_labels
 from timm_ghn.training.trainer import Trainer
 
@@ -64,11 +63,8 @@ def run(
     """One trial: what it did in so many CPU seconds."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(config, train, val, Path(folder), workers=1, init=init, teacher=teacher)
-        schedule = Schedule(config.architectures, config.seed, config.meta_batch, config.uses, config.spacing)
-        size, classes = train.image_size, config.ghn.num_classes
-        pool = TaskPool(schedule, trainer.lanes, 0, classes, size, torch.device("cpu"), workers=1)
         used, accuracy = 0.0, 0.0
-        with closing(pool), tqdm(total=round(seconds), desc=label, unit="s") as bar:
+        with closing(trainer.pool()) as pool, tqdm(total=round(seconds), desc=label, unit="s") as bar:
             while used < seconds:
                 tasks = pool.tasks(trainer.step)
                 started = time.process_time()

@@ -24,7 +24,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +31,10 @@ import torch
 import torch.nn.functional as F
 from graph_layer import machine
 from matplotlib.figure import Figure
-from random_vs_ghn import hash_of
+from random_vs_ghn import few_shot, hash_of
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 import timm_ghn
@@ -61,19 +60,6 @@ PREDICTED = ("predicted", "told", "mistold")
 STARTS = (*PREDICTED, "random", "sgd", "pretrained")
 BATCH = 32
 TEST_BATCH = 100
-
-
-def some(data: ImageDataset, rows: Tensor) -> ImageDataset:
-    return replace(data, images=data.images[rows], labels=data.labels[rows])
-
-
-def shots(data: ImageDataset, count: int | None, seed: int) -> ImageDataset:
-    """So many images of each class, drawn once; all of them for None."""
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-    if count is not None:
-        labels = data.labels[order]
-        order = torch.cat([order[labels == label][:count] for label in range(data.num_classes)])
-    return some(data, order)
 
 
 def train(model: nn.Module, data: ImageDataset, rate: float, steps: float, seconds: float, seed: int) -> nn.Module:
@@ -106,7 +92,7 @@ class Comparison:
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(1))
         half = len(data) // 2
         # A learning rate is chosen on one half of the images by the accuracy on the other.
-        self.tuning, self.judging = some(data, order[:half]), Batches(some(data, order[half:][:500]), TEST_BATCH)
+        self.tuning, self.judging = data.rows(order[:half]), Batches(data.rows(order[half:][:500]), TEST_BATCH)
 
     def build(self, pretrained: bool = False) -> nn.Module:
         options = {"pretrained": True} if pretrained else {}
@@ -206,10 +192,10 @@ def main(argv: Sequence[str] | None = None) -> list[list[str]]:
     cases = itertools.product(arguments.data, arguments.shots, arguments.models)
     for (source, size), count, name in tqdm(list(cases), desc="measuring", unit="network"):
         train_images, held_out = images(source, size, arguments.holdout, arguments.device)
-        tests = Batches(some(held_out, torch.arange(min(arguments.images, len(held_out)))), TEST_BATCH)
+        tests = Batches(held_out.first(arguments.images), TEST_BATCH)
         another = arguments.data[arguments.data.index((source, size)) - 1]
         other = images(*another, arguments.holdout, arguments.device)[1]
-        comparison = Comparison(arguments, name, shots(train_images, count, arguments.seed), tests, other)
+        comparison = Comparison(arguments, name, few_shot(train_images, count, arguments.seed), tests, other)
         seconds = math.nan
         for start, tag in starts:
             label = f"{start} by {tag}" if len(arguments.ghn) > 1 and tag else start

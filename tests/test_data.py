@@ -69,13 +69,11 @@ def test_the_first_images_are_of_every_class() -> None:
     assert mixed.first(None) is mixed and mixed.first(99) is mixed
 
 
-def test_named_classes_and_an_override(tmp_path: Path) -> None:
+def test_named_classes(tmp_path: Path) -> None:
     source = write(tmp_path / "data.parquet", [encode(1)] * 3, [0, 1, 1], names=7)
     assert load_dataset(source, "all").num_classes == 7
-    assert load_dataset(source, "all", num_classes=2).num_classes == 2
     names = load_dataset(source, "all").described().label_names
     assert names is not None and len(names) == 7
-    assert load_dataset(source, "all", num_classes=2).described().label_names is None
 
 
 def test_image_size_scales_and_crops(tmp_path: Path) -> None:

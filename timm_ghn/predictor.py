@@ -64,12 +64,6 @@ class Predictor:
         prediction.report.seconds = {"trace": traced - started, "predict": time.perf_counter() - traced}
         return self._prepared(model, prediction)
 
-    def initialize(self, model: nn.Module) -> Report:
-        """Predicts a model's parameters and writes them in place: all or, if anything is wrong, none."""
-        prediction = self.predict(model)
-        write(model, prediction)
-        return prediction.report
-
     def create(self, build: Callable[[], nn.Module]) -> tuple[nn.Module, Report]:
         """Makes a model with predicted parameters, in less time than filling them at random would take.
 
@@ -238,10 +232,9 @@ def _idle(
     if not zero:
         return {}
     is_adapted = any(not parameter.requires_grad and parameter.ndim > 1 for parameter in parameters.values())
-    sources: list[list[int]] = [[] for _ in graph.ops]
+    sources = graph.sources
     targets: list[list[int]] = [[] for _ in graph.ops]
-    for source, target in graph.edges[graph.edges[:, 2] == 1, :2].tolist():
-        sources[target].append(source)
+    for source, target in graph.real_edges:
         targets[source].append(target)
 
     def before(nodes: list[int], through: Container[str] = PRIMITIVES) -> set[int]:

@@ -142,7 +142,7 @@ def _bounded(model: nn.Module, prediction: Prediction) -> dict[str, Tensor]:
             factors[name] /= len(branches)
     gains: dict[str, Tensor] = {}
     if NORMS.isdisjoint(graph.ops):
-        sources = _sources(graph)
+        sources = graph.sources
         so_far = [1.0] * len(graph)
         for node, (op, name) in enumerate(zip(graph.ops, graph.names, strict=True)):
             so_far[node] = max((so_far[source] for source in sources[node]), default=1.0)
@@ -168,7 +168,7 @@ def branches_without_norm(graph: ComputationGraph) -> list[list[str]]:
 
     Nothing normalises what they read, or what they are added to, before it is read by the next of them.
     """
-    sources, found = _sources(graph), []
+    sources, found = graph.sources, []
     for node, op in enumerate(graph.ops):
         for end in sources[node] if op == "sum" else ():
             names: list[str] = []
@@ -181,13 +181,6 @@ def branches_without_norm(graph: ComputationGraph) -> list[list[str]]:
             if last and end in sources[node]:
                 found.append(last)
     return found
-
-
-def _sources(graph: ComputationGraph) -> list[list[int]]:
-    sources: list[list[int]] = [[] for _ in graph.ops]
-    for source, target in graph.edges[graph.edges[:, 2] == 1, :2].tolist():
-        sources[target].append(source)
-    return sources
 
 
 PREPARATIONS: dict[str, Callable[[nn.Module, Prediction], dict[str, Tensor]]] = {

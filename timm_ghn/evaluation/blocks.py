@@ -32,20 +32,14 @@ class Item(NamedTuple):
 
 
 class Blocks:
-    """The blocks of a graph: modules with a number in their name, such as ``blocks.3`` or ``Mixed_5b``.
-
-    Attributes:
-        edges: The graph's real edges.
-    """
+    """The blocks of a graph: modules with a number in their name, such as ``blocks.3`` or ``Mixed_5b``."""
 
     def __init__(self, graph: ComputationGraph):
         """Finds out which node belongs to which module, by the names of parameters and by what is around the others."""
-        self.edges: list[tuple[int, int]] = graph.edges[graph.edges[:, 2] == 1, :2].tolist()
         self._graph = graph
-        self._before: dict[int, list[int]] = defaultdict(list)
-        self._after: dict[int, list[int]] = defaultdict(list)
-        for source, target in self.edges:
-            self._before[target].append(source)
+        self._before = graph.sources
+        self._after: list[list[int]] = [[] for _ in graph.ops]
+        for source, target in graph.real_edges:
             self._after[source].append(target)
         self._modules: list[Module] = []
         for node, name in enumerate(graph.names):
@@ -90,7 +84,7 @@ class Blocks:
         while True:
             place = {node: index for index, item in enumerate(found) for node in item.nodes}
             sorter: TopologicalSorter[int] = TopologicalSorter()
-            for source, target in self.edges:
+            for source, target in self._graph.real_edges:
                 if source in place and target in place and place[source] != place[target]:
                     sorter.add(place[target], place[source])
             try:

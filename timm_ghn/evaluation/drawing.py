@@ -119,7 +119,7 @@ class _Picture:
         legend = self._legend(width)
         top = 58 + legend.height + _ROW_GAP
         size = f"{width + 2 * _MARGIN:.0f}", f"{top + drawn.height + _MARGIN:.0f}"
-        nodes, real = len(self._graph), len(self._blocks.edges)
+        nodes, real = len(self._graph), len(self._graph.real_edges)
         note = f"{nodes} nodes, {real} edges, {len(self._graph.edges) - real} virtual edges. Click a box to open it."
         light, dark = (" ".join(f".{op} {{ fill: {kind[i]}; }}" for op, kind in _KINDS.items()) for i in (0, 1))
         return "\n".join(
@@ -163,7 +163,7 @@ class _Picture:
         place = {node: index for index, item in enumerate(items) for node in item.nodes}
         heights: list[float] = [_BLOCK_HEIGHT if item.blocks else _HEIGHT for item in items]
         edges, ends = set[tuple[int, int]](), dict[str, int]()
-        for nodes in self._blocks.edges:
+        for nodes in self._graph.real_edges:
             source, target = map(place.get, nodes)
             if source == target:
                 continue

@@ -225,11 +225,11 @@ def measured(
         yield row, model
 
 
-def pareto_front(rows: Iterable[Ranked], cost: str = "macs") -> list[Ranked]:
-    """The rows that no other one is both cheaper and better than, from the cheapest on; `cost` names a field."""
+def pareto_front(rows: Iterable[Ranked]) -> list[Ranked]:
+    """The rows that no other one is both cheaper (in multiply-accumulates) and better than, from the cheapest on."""
     front: list[Ranked] = []
     known = [row for row in rows if row.top1 is not None]
-    for row in sorted(known, key=lambda row: (getattr(row, cost), -(row.top1 or 0))):
+    for row in sorted(known, key=lambda row: (row.macs, -(row.top1 or 0))):
         if not front or (row.top1 or 0) > (front[-1].top1 or 0):
             front.append(row)
     return front

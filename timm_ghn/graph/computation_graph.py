@@ -73,17 +73,16 @@ class ComputationGraph:
         return len(self.ops)
 
     def __repr__(self) -> str:
-        real = int((self.edges[:, 2] == 1).sum())
+        real = len(self.real_edges)
         return f"ComputationGraph({len(self)} nodes, {real} edges, {len(self.edges) - real} virtual edges)"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists for JSON; virtual edges are left out because `from_dict` can restore them."""
-        real = self.edges[self.edges[:, 2] == 1, :2]
         return {
             "ops": self.ops,
             "names": self.names,
             "shapes": [None if shape is None else list(shape) for shape in self.shapes],
-            "edges": real.tolist(),
+            "edges": [list(edge) for edge in self.real_edges],
             "head": list(self.head),
             "kept": self.kept,
             "operands": self.operands,
@@ -111,19 +110,15 @@ class ComputationGraph:
         """The graph as it is for a GHN that knows these primitives only: nodes of others are contracted."""
         if set(self.ops).issubset(vocabulary):
             return self
-        sources: list[list[int]] = [[] for _ in self.ops]
-        for source, target in self.edges[self.edges[:, 2] == 1, :2].tolist():
-            sources[target].append(source)
         frontier: list[frozenset[int]] = []
         for node, op in enumerate(self.ops):
-            reach = frozenset().union(*(frontier[source] for source in sources[node]))
+            reach = frozenset().union(*(frontier[source] for source in self.sources[node]))
             joins_nothing = op in ("sum", "concat") and len(reach) < 2
             frontier.append(reach if op not in vocabulary or joins_nothing else frozenset({node}))
         order = [node for node, nodes in enumerate(frontier) if nodes == {node}]
         rank = {node: position for position, node in enumerate(order)}
-        edges = sorted(
-            {(rank[source], rank[node]) for node in order for before in sources[node] for source in frontier[before]}
-        )
+        reached = [(source, node) for node in order for before in self.sources[node] for source in frontier[before]]
+        edges = sorted({(rank[source], rank[node]) for source, node in reached})
         kept = dict(self.kept)
         for node, (op, name) in enumerate(zip(self.ops, self.names, strict=True)):
             if node not in rank and PRIMITIVES[op].carries is not Carries.NOTHING:
@@ -145,6 +140,19 @@ class ComputationGraph:
             },
         )
 
+    @cached_property
+    def real_edges(self) -> list[tuple[int, int]]:
+        """Edges (source, target) that are computed along, without the virtual ones."""
+        return [(source, target) for source, target, distance in self.edges.tolist() if distance == 1]
+
+    @cached_property
+    def sources(self) -> list[list[int]]:
+        """For each node, those that it reads."""
+        sources: list[list[int]] = [[] for _ in self.ops]
+        for source, target in self.real_edges:
+            sources[target].append(source)
+        return sources
+
     @property
     def has_depthwise(self) -> bool:
         """Whether there are convolutions of one input channel each."""
@@ -161,8 +169,7 @@ class ComputationGraph:
         """
         if all(len(operands.parts) == 1 for operands in self.operands.values()):
             return self
-        real: list[tuple[int, int]] = list(map(tuple, self.edges[self.edges[:, 2] == 1, :2].tolist()))
-        chains = bias_chains(self.ops, self.names, real, self.operands)
+        chains = bias_chains(self.ops, self.names, self.real_edges, self.operands)
         position = {node: (chain, place) for chain in chains for place, node in enumerate(chain)}
 
         names: list[str] = []
@@ -185,7 +192,7 @@ class ComputationGraph:
             return found
 
         edges: list[tuple[int, int]] = []
-        for source, target in real:
+        for source, target in self.real_edges:
             is_bias_in_chain = target in position and target != position[target][0][0]
             for operand, new in made[target].items():
                 wanted = [operand] if is_bias_in_chain else self.readers.get((source, target))

@@ -1,1 +1,1 @@
-"""Training and evaluating GHNs."""
+"""Training GHNs."""

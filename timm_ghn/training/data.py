@@ -91,13 +91,16 @@ class ImageDataset:
         shift = torch.tensor(self.mean, device=images.device).view(3, 1, 1) * 255
         return (images.float() - shift) / scale, self.labels[rows]
 
+    def rows(self, rows: Tensor | slice) -> ImageDataset:
+        """Some of the images, in this order; a tensor of rows is on the data set's device."""
+        return replace(self, images=self.images[rows], labels=self.labels[rows])
+
     def of_classes(self, first: int, last: int) -> ImageDataset:
         """The images of classes `first` to `last`, which are counted from 0 then."""
-        rows = ((self.labels >= first) & (self.labels <= last)).nonzero().flatten()
+        found = self.rows(((self.labels >= first) & (self.labels <= last)).nonzero().flatten())
         return replace(
-            self,
-            images=self.images[rows],
-            labels=self.labels[rows] - first,
+            found,
+            labels=found.labels - first,
             num_classes=last - first + 1,
             names=self.names and self.names[first : last + 1],
         )
@@ -109,7 +112,7 @@ class ImageDataset:
         rows = torch.arange(count, device=self.labels.device)
         if bool((self.labels[1:] >= self.labels[:-1]).all()):
             rows = rows * len(self) // count
-        return replace(self, images=self.images[rows], labels=self.labels[rows])
+        return self.rows(rows)
 
     def draw(self, batch_size: int, generator: torch.Generator) -> Tensor:
         """Rows drawn with replacement, on the data set's device; `generator` alone decides which."""
@@ -168,7 +171,6 @@ def load_dataset(
     *,
     holdout: int = 5_000,
     image_size: int | None = None,
-    num_classes: int | None = None,
     root: str | None = None,
     download: bool = False,
 ) -> ImageDataset:
@@ -183,7 +185,6 @@ def load_dataset(
         holdout: How many training images to hold out: the last rows, or evenly spaced ones where rows are grouped by
             class.
         image_size: Scale the shorter side to this and cut out the centre. Needed if images differ in size.
-        num_classes: Number of classes, where the source does not tell and the largest label may be missing.
         root: Where "torch/…" and "hfds/…" keep their files; if None, `default_root` or the Hub's own cache.
         download: Let "torch/…" fetch what is missing.
 
@@ -193,10 +194,7 @@ def load_dataset(
     if split not in ("train", "val", "all", "test"):
         raise DatasetError(f"Unknown split {split!r}; choose from train, val, all, test.")
     if found := re.fullmatch(r"(.+)#(\d+)-(\d+)", source):
-        whole = load_dataset(
-            found[1], split, holdout=holdout, image_size=image_size, num_classes=num_classes, root=root,
-            download=download,
-        )  # fmt: skip
+        whole = load_dataset(found[1], split, holdout=holdout, image_size=image_size, root=root, download=download)
         first, last = int(found[2]), int(found[3])
         if not first <= last < whole.num_classes:
             raise DatasetError(
@@ -213,19 +211,19 @@ def load_dataset(
         labels, encoded, names = _read_with_timm(source, part, root, download)
     if len(labels) == 0:
         raise DatasetError(f"{source} holds no images; give a data set with at least one.")
-    classes = num_classes or (len(names) if names else int(labels.max()) + 1)
+    classes = len(names) if names else int(labels.max()) + 1
     outside = np.flatnonzero((labels < 0) | (labels >= classes))
     if len(outside):
         raise DatasetError(
             f"Row {outside[0]} of {source} has label {labels[outside[0]]}, but the labels of {classes} classes are "
-            f"0 to {classes - 1}; correct the labels or num_classes."
+            f"0 to {classes - 1}; correct the labels."
         )
     rows = _rows_of(split, labels, holdout, source)
     return ImageDataset(
         _decode(encoded, rows, image_size, source),
         torch.from_numpy(labels[rows]),
         classes,
-        names=names if names and len(names) == classes else None,
+        names=names,
         interpolation=None if image_size is None else "bicubic",
     )
 

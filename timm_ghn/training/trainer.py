@@ -165,6 +165,15 @@ class Trainer:
         cosine = 0.5 * (1 + math.cos(math.pi * self.progress))
         return self.config.lr * warm * (_FINAL_LR + (1 - _FINAL_LR) * cosine)
 
+    def pool(self) -> TaskPool:
+        """The tasks from this step on, which workers prepare; to be closed."""
+        config = self.config
+        schedule = Schedule(config.architectures, config.seed, config.meta_batch, config.uses, config.spacing)
+        return TaskPool(
+            schedule, self.lanes, self.step, config.ghn.num_classes, self.objective.image_size, self.device,
+            self.workers, untie=config.ghn.split_attention, headless=not self.objective.predict_head,
+        )  # fmt: skip
+
     def train_step(self, tasks: list[Task], clock: float = 0.0) -> dict[str, float]:
         """Trains on one task for each lane of this process.
 
@@ -293,18 +302,13 @@ class Trainer:
             raise TrainingError(
                 f"All {self.step} steps of the run in {self.directory} are done; start another from its weights."
             )
-        schedule = Schedule(config.architectures, config.seed, config.meta_batch, config.uses, config.spacing)
-        pool = TaskPool(
-            schedule, self.lanes, self.step, config.ghn.num_classes, self.objective.image_size, self.device,
-            self.workers, untie=config.ghn.split_attention, headless=not self.objective.predict_head,
-        )  # fmt: skip
         self._stop = False
         started, earlier = time.monotonic(), self.seconds
         first_step, first_progress = self.step, self.progress
         recent: list[dict[str, float]] = []
         row_started = started
         with contextlib.ExitStack() as stack:
-            stack.enter_context(contextlib.closing(pool))
+            pool = stack.enter_context(contextlib.closing(self.pool()))
             stack.enter_context(_orderly_stop(self))
             stack.enter_context(_own_random_state(self.device))
             log, log_family = stack.enter_context(self._logs())

@@ -284,10 +284,6 @@ def _stem(config: Config, in_chans: int, image_size: int) -> tuple[list[tuple[Co
     return convs, halve(size) if config["stem_pool"] else size
 
 
-def _build(config: Config, num_classes: int, in_chans: int, image_size: int) -> nn.Module:
-    return DeepNet(config, num_classes, in_chans, image_size)
-
-
 # --- adding up ---
 
 
@@ -345,7 +341,7 @@ def _cost(config: Config, num_classes: int, in_chans: int, image_size: int) -> C
 
 
 def _family(name: str, tier: int, attention: bool, split: str = "") -> Family:
-    return Family(name, tier, partial(_sample, attention=attention, split=split), _build, _cost, fixed_size=True)
+    return Family(name, tier, partial(_sample, attention=attention, split=split), DeepNet, _cost, fixed_size=True)
 
 
 FAMILIES = (

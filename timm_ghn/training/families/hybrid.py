@@ -6,14 +6,11 @@ from functools import partial
 
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from timm.models.maxxvit import MaxxVit, MaxxVitCfg, MaxxVitConvCfg, MaxxVitTransformerCfg
-from timm.models.mobilevit import MobileVitBlock, MobileVitV2Block
 from torch import nn
 
 from timm_ghn.training.sampling import Config, Draw, Family
 
 # --- MobileViT: inverted residuals, with transformers over every patch's pixels of the same place in between ---
-
-_MOBILEVIT_BLOCKS = {"mobilevit": MobileVitBlock, "mobilevit2": MobileVitV2Block}
 
 
 def _sample_mobilevit(draw: Draw, block: str) -> Config:
