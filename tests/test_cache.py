@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -242,7 +243,7 @@ def test_it_can_be_turned_off(traced: list[str], folder: Path, monkeypatch: pyte
     assert len(traced) == 3
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "text", "other", "list", "folder"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "flipped", "text", "other", "list", "parts", "deep", "folder"])
 def test_damaged_entries_are_passed_over(damage: str, traced: list[str], folder: Path) -> None:
     expected = create()
     (file,) = folder.iterdir()
@@ -252,6 +253,7 @@ def test_damaged_entries_are_passed_over(damage: str, traced: list[str], folder:
         file.mkdir()
     else:
         middle = len(content) // 2
+        others = json.dumps({**json.loads(content.partition(b"\n")[2]), "operands": []}).encode()
         file.write_bytes({
             "cut": content[:middle],
             "empty": b"",
@@ -259,6 +261,8 @@ def test_damaged_entries_are_passed_over(damage: str, traced: list[str], folder:
             "text": b"not a graph\n",
             "other": b"%08x\n{}" % zlib.crc32(b"{}"),
             "list": b"%08x\n[1]" % zlib.crc32(b"[1]"),
+            "parts": b"%08x\n%s" % (zlib.crc32(others), others),
+            "deep": b"%08x\n%s" % (zlib.crc32(b"[" * 100_000), b"[" * 100_000),
         }[damage])  # fmt: skip
     assert equal(create(), expected)
     assert len(traced) == 2

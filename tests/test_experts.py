@@ -124,6 +124,8 @@ def test_what_does_not_fit_is_refused(
     with pytest.raises(SystemExit):
         main(["join", general, f"vision={other}", "-o", str(tmp_path / "out")])
     assert "is not KIND=GHN with one of attention, layer_norm" in capsys.readouterr().err
+    assert main(["join", general, f"attention={general}", f"attention={other}", "-o", str(tmp_path / "out")]) == 1
+    assert "attention is given more than once" in capsys.readouterr().err
     train = ["train", "--data", "torch/cifar10", "--expert", "attention", "-o", str(tmp_path / "run")]
     assert main(train) == 1 and "--expert attention is given without --init" in capsys.readouterr().err
     plain = load_ghn(general)

@@ -181,9 +181,19 @@ def test_all_that_initialize_takes_reaches_it() -> None:
         create_model(MODEL, pretrained_cfg=TAG, ghn_kwargs={**example, "input_size": 96})
 
 
+def test_an_overlay_has_the_last_word(informed: str) -> None:
+    overlay = {"mean": (0.1, 0.2, 0.3), "crop_pct": 0.5}
+    for name, options in ((MODEL, {"pretrained_cfg": informed}), (f"{MODEL}.{informed}", {"pretrained": True})):
+        model = create_model(name, **options, pretrained_cfg_overlay=overlay)
+        found = timm.data.resolve_model_data_config(model)
+        assert {**PREPARED, **overlay} == {key: found[key] for key in PREPARED}
+
+
 def test_ghn_kwargs_are_checked() -> None:
     with pytest.raises(ValueError, match="head is 'nonsense'"):
         create_model(MODEL, pretrained_cfg=TAG, ghn_kwargs={"head": "nonsense"})
+    with pytest.raises(ValueError, match="ghn_kwargs has data, to which a head is fitted"):
+        create_model(MODEL, pretrained_cfg=TAG, ghn_kwargs={"head": "predict", "data": []})
     with pytest.raises(TypeError, match=r"ghn_kwargs is .*, not a dictionary"):
         create_model(MODEL, pretrained_cfg=TAG, ghn_kwargs="{head: keep}")
     with pytest.raises(TypeError, match=r"ghn_kwargs has the key 'haed'; those it may have are head, input_size, fine"):

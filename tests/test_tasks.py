@@ -17,6 +17,7 @@ import timm_ghn
 from timm_ghn.checkpoints.load import load_ghn
 from timm_ghn.cli import main
 from timm_ghn.hypernet import GHN, GHNConfig
+from timm_ghn.hypernet.tasks import SKETCH
 from timm_ghn.predictor import Predictor
 from timm_ghn.tiling import tile
 from timm_ghn.training.checkpoint import TrainingError, load_checkpoint
@@ -165,6 +166,14 @@ def test_a_head_or_task_that_a_ghn_has_no_use_for_is_refused() -> None:
         Predictor(headless, head="predict")
     with pytest.raises(ValueError, match=r"same for all tasks"):
         Predictor(headless, task=torch.zeros(1))
+    told = new_ghn(dataclasses.replace(CONFIG.ghn, conditioned=True), 0)
+    for task, message in (
+        (torch.zeros(3), r"numbers, not a tensor of shape \(3,\)"),
+        ("x", "numbers, not a str"),
+        (torch.full((SKETCH,), torch.nan), "NaN or infinite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Predictor(told, task=task)  # type: ignore[arg-type]
     report = Predictor(headless).predict(timm.create_model("test_resnet", num_classes=3)).report
     assert report.kept["fc.weight"] == "head: the checkpoint predicts none"
 

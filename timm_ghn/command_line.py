@@ -52,7 +52,11 @@ def exit_status(program: str, command: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write(f"\n{program}: interrupted\n")
         return 130
-    except (GHNError, OSError, SafetensorError) as error:
+    except (GHNError, OSError, SafetensorError, RuntimeError) as error:
+        # Of what torch raises as a RuntimeError, a lack of memory is no mistake of this program.
+        short_of_memory = any(text in str(error) for text in ("allocate memory", "out of memory"))
+        if isinstance(error, RuntimeError) and not short_of_memory:
+            raise
         sys.stderr.write(f"{program}: {' '.join(str(error).split())}\n")
         return 1
     return 0
@@ -144,7 +148,7 @@ def add_measuring_arguments(parser: argparse.ArgumentParser, support: int | None
     add_data_arguments(parser)
     add_ghn_argument(parser)
     parser.add_argument(
-        "--support", type=integer(1), default=support,
+        "--support", type=integer(2), default=support,
         help=f"take norms' statistics, and a fitted head, from so many training images (default: {support or 'all'})",
     )  # fmt: skip
     parser.add_argument(
@@ -231,9 +235,16 @@ def architecture_name(text: str) -> str:
     """The name of an architecture that timm has."""
     import timm
 
+    if not text:
+        raise argparse.ArgumentTypeError("'' names no architecture")
     if not timm.is_model(text):
         nearest = difflib.get_close_matches(text, timm.list_models(), n=1, cutoff=0.0)[0]
         raise argparse.ArgumentTypeError(f"timm has no architecture {text!r}: did you mean {nearest!r}?")
+    try:
+        timm.get_pretrained_cfg(text)
+    except RuntimeError as error:
+        architecture, _, tag = text.partition(".")
+        raise argparse.ArgumentTypeError(f"timm has no weights {tag!r} of {architecture}: leave the tag out") from error
     return text
 
 
@@ -253,6 +264,8 @@ def architecture_patterns(text: str) -> list[str]:
         if not (found := timm.list_models(pattern) if set(pattern) & set("*?[") else [architecture_name(pattern)]):
             raise argparse.ArgumentTypeError(f"timm has no architecture like {pattern!r}")
         names += found
+    if not names:
+        raise argparse.ArgumentTypeError(f"{text!r} names no architecture")
     return list(dict.fromkeys(names))
 
 

@@ -17,3 +17,7 @@ class CheckpointError(GHNError):
 
 class PredictionError(GHNError):
     """Predicted parameters do not fit the model, or are not finite."""
+
+
+class RequestError(GHNError, ValueError):
+    """What is asked of a GHN is not what it can predict."""

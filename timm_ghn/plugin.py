@@ -24,7 +24,7 @@ from torch import nn
 
 from .checkpoints.catalog import CATALOG
 from .checkpoints.load import load_ghn, stated_config
-from .errors import CheckpointError, GHNError
+from .errors import CheckpointError, GHNError, RequestError
 from .evaluation.adaptation import adapt
 from .hypernet import Images
 from .predictor import Predictor, initialize
@@ -307,6 +307,8 @@ def _model_entrypoint(
         ghn = load_ghn(tag)  # first, so that a missing one costs no time
         data, preparation = ghn_kwargs.pop("data", None), ghn_kwargs.pop("finetune", None)
         if data is not None:
+            if ghn_kwargs.get("head") == "predict":
+                raise RequestError('ghn_kwargs has data, to which a head is fitted, and head="predict"; leave one out.')
             ghn_kwargs["head"] = "keep"  # it will be theirs
         build = functools.partial(build, ghn.config.images, ghn_kwargs.get("head") != "keep")
         model, report = Predictor(ghn, preparation=preparation, **ghn_kwargs).create(build)
@@ -337,6 +339,8 @@ def _build(
         pretrained_cfg = {**fields, "tag": default and default.tag}
     model = entrypoint(pretrained=False, pretrained_cfg=pretrained_cfg, **kwargs)
     label(model, tag, images, has_head)
+    if isinstance(cfg := getattr(model, "pretrained_cfg", None), dict):
+        cfg.update(kwargs.get("pretrained_cfg_overlay") or {})  # the caller's word is the last
     return model
 
 

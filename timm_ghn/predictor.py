@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
@@ -13,10 +14,11 @@ from torch import nn
 from . import derived
 from .ambient import plain_torch
 from .checkpoints.load import load_ghn
-from .errors import PredictionError
+from .errors import PredictionError, RequestError
 from .graph import ComputationGraph, cache, trace
 from .graph.primitives import PRIMITIVES, WEIGHTS
 from .hypernet import GHN
+from .hypernet.tasks import check_task
 from .lazy_init import DeferredFills
 from .prediction import Prediction, Report, check, unwritable, write
 from .preparation import check_preparation, prepare
@@ -35,7 +37,8 @@ class Predictor:
         preparation: What `predict` calls `finetune`.
 
     Raises:
-        ValueError: If there is no such `head` or `preparation`, or the GHN has no use for the `head` or `task`.
+        ValueError: If there is no such `head` or `preparation`, or the `task` is no `timm_ghn.sketch`.
+        RequestError: If the GHN has no use for the `head` or `task`.
     """
 
     ghn: GHN
@@ -48,9 +51,13 @@ class Predictor:
     def __post_init__(self) -> None:
         _check_options(self.head, self.preparation)
         if self.head == "predict" and not self.ghn.config.predicts_head:
-            raise ValueError('head is "predict", but this GHN predicts no classification layer; fit one with `adapt`.')
-        if self.task is not None and not self.ghn.config.conditioned:
-            raise ValueError("A task is given, but this GHN predicts the same for all tasks; leave it out.")
+            raise RequestError(
+                'head is "predict", but this GHN predicts no classification layer; fit one with `adapt`.'
+            )
+        if self.task is not None:
+            if not self.ghn.config.conditioned:
+                raise RequestError("A task is given, but this GHN predicts the same for all tasks; leave it out.")
+            check_task(self.task)
 
     @plain_torch()
     def predict(self, model: nn.Module) -> Prediction:
@@ -161,7 +168,7 @@ def _check_options(head: str, preparation: str | None) -> None:
 
 def predict(
     model: nn.Module,
-    ghn: str | GHN = "ghn2",
+    ghn: str | os.PathLike[str] | GHN = "ghn2",
     head: str = "auto",
     input_size: int | tuple[int, ...] | None = None,
     finetune: str | None = None,
@@ -185,14 +192,14 @@ def predict(
             conditioned on tasks.
 
     Raises:
-        ValueError: If there is no such `head` or `finetune`, or the GHN has no use for the `head` or `task`.
+        ValueError: If there is no such `head` or `finetune`, the `task` is none, or the GHN has no use for them.
         TraceError: If the model cannot be traced.
         PredictionError: If a predicted tensor does not fit its parameter or is not finite.
         CheckpointError: If the GHN cannot be loaded.
     """
     _check_options(head, finetune)  # first, so that a mistake costs no time
     started = time.perf_counter()
-    loaded = load_ghn(ghn) if isinstance(ghn, str) else ghn
+    loaded = ghn if isinstance(ghn, GHN) else load_ghn(ghn)
     seconds = time.perf_counter() - started
     prediction = Predictor(loaded, head, input_size, finetune, inputs, task).predict(model)
     prediction.report.seconds = {"load": seconds, **prediction.report.seconds}
@@ -201,7 +208,7 @@ def predict(
 
 def initialize(
     model: nn.Module,
-    ghn: str | GHN = "ghn2",
+    ghn: str | os.PathLike[str] | GHN = "ghn2",
     head: str = "auto",
     input_size: int | tuple[int, ...] | None = None,
     finetune: str | None = None,

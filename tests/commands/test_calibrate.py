@@ -39,3 +39,5 @@ def test_other_classes_are_for_adapt(
     ghn = save_ghn(tmp_path / "other.safetensors", images=images)
     assert main(["calibrate", "test_resnet", *DATA, "--ghn", str(ghn)]) == 1
     assert "does not have the classes that" in capsys.readouterr().err, "as many, but others"
+    assert main(["calibrate", "test_resnet", *DATA, "--ghn", "ghn2_tasks"]) == 1
+    assert "does not have the classes that" in capsys.readouterr().err, "it predicts no heads"

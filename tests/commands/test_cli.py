@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import timm
@@ -21,7 +21,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from timm_ghn import cli, demo, register
-from timm_ghn.command_line import architecture_names, device_name, file_size, integer, output_directory, output_file
+from timm_ghn.command_line import (
+    architecture_names,
+    device_name,
+    exit_status,
+    file_size,
+    integer,
+    output_directory,
+    output_file,
+)
 from timm_ghn.predictor import predict
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,6 +86,9 @@ def test_any_number_of_classes(classes: str, ghn_file: Path, tmp_path: Path) -> 
         (["convert", ".", "-o", "out"], "Cannot convert ."),
         (["publish", "missing", "org/name"], "missing is not a directory"),
         (["run", "missing.py"], "There is no script 'missing.py'"),
+        (["create", "test_resnet", "--ghn", ""], "The GHN's name is empty; give a tag"),
+        (["evaluate", "--data", ""], "The data has no name"),
+        (["predict", "test_resnet", "-o", "new", "--ghn", "ghn2_tasks", "--head", "predict"], 'head is "predict", but'),
     ],
     ids=" ".join,
 )
@@ -93,6 +104,16 @@ def test_a_failure_is_one_line(
     assert "Traceback" not in printed.err and "│" not in printed.out
 
 
+def test_a_lack_of_memory_is_one_line_and_a_bug_is_not(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(message: str) -> NoReturn:
+        raise RuntimeError(message)
+
+    assert exit_status("timm-ghn", lambda: fail("DefaultCPUAllocator: can't allocate memory:\nyou tried")) == 1
+    assert capsys.readouterr().err == "timm-ghn: DefaultCPUAllocator: can't allocate memory: you tried\n"
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        exit_status("timm-ghn", lambda: fail("mat1 and mat2 shapes cannot be multiplied"))
+
+
 NO_CUDA = [] if torch.cuda.is_available() else [("evaluate --device cuda", "there is no device 'cuda' here, only cpu")]
 
 
@@ -100,6 +121,7 @@ NO_CUDA = [] if torch.cuda.is_available() else [("evaluate --device cuda", "ther
     ("command", "message"),
     [
         ("create tset_resnet", "timm has no architecture 'tset_resnet': did you mean 'test_resnet'?"),
+        ("create test_resnet.a1_in1k", "timm has no weights 'a1_in1k' of test_resnet: leave the tag out"),
         ("predict tset_resnet -o new", "timm has no architecture 'tset_resnet': did you mean 'test_resnet'?"),
         ("create test_resnet --num-classes -1", "'-1' is no whole number from 0"),
         ("create test_resnet --output x.pth", "a .safetensors file is written; give it such a name, not 'x.pth'"),
@@ -313,5 +335,5 @@ def test_the_demo_of_a_ghn_for_other_classes(
 ) -> None:
     ghn = save_ghn(tmp_path / "ghn.safetensors", num_classes=7)
     assert cli.main(["demo", "--ghn", str(ghn), "-o", str(tmp_path / "demo.png")]) == 0
-    assert "predicts 7 classes" in " ".join(capsys.readouterr().out.split())
+    assert "predicts no head for CIFAR-10's classes" in " ".join(capsys.readouterr().out.split())
     assert not (tmp_path / "demo.png").exists()

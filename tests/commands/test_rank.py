@@ -92,6 +92,7 @@ def test_other_classes_get_a_head(
     ("arguments", "message"),
     [
         (["rank"], "the following arguments are required: patterns"),
+        (["rank", ""], "'' names no architecture"),
         (["rank", "zzz*"], "timm has no architecture like 'zzz*'"),
         (["rank", "resnet18", "--max-params", "many"], "'many' is no count: give a number, or one with K, M, G or T"),
         (["rank", "resnet18", "--max-macs", "-1"], "'-1' is no count"),

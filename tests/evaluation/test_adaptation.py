@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import timm
@@ -185,13 +186,16 @@ def test_mistakes_change_nothing() -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     good = images(20, 3)
     broken = [good[0], (torch.full_like(good[1][0], math.nan), good[1][1])]
-    for batches, message in [
+    cases: list[tuple[Any, str]] = [
         (once(good), "only once"),
         ([], "no batches"),
         (broken, "NaN"),
         ([good[0], (good[1][0], good[1][1] + 3)], "none of the 3 classes"),
         ([(good[0][0], good[0][1].float())], "integers"),
-    ]:
+        ([good[0][0]], "A batch is a tuple of images and labels, not float32 of shape"),
+        ([1], "not a int"),
+    ]
+    for batches, message in cases:
         with pytest.raises(ValueError, match=message):
             adapt(model, batches)
     with pytest.raises(ValueError, match="head is 'svm'; it must be one of ridge, prototype"):

@@ -34,7 +34,8 @@ def test_names_modules_and_graphs_are_the_same(ghn_file: Path) -> None:
     found = embed(NAMES, str(ghn_file))
     torch.testing.assert_close(embed(models, str(ghn_file)), found)
     torch.testing.assert_close(embed(map(trace, models), str(ghn_file)), found)
-    assert embed([], str(ghn_file)).shape == (0, 16)
+    assert embed([], ghn_file).shape == (0, 16)
+    assert torch.equal(embed(models[0], ghn_file), embed(models[:1], ghn_file))
     apart = torch.cdist(found, found) + 1e9 * torch.eye(3)
     assert apart.min() > 1e-4, "other networks have other vectors"
     with pytest.raises(TraceError, match="timm cannot make 'no_such_model'"):

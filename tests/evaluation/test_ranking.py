@@ -28,7 +28,7 @@ def stripes() -> Batches:
 
 
 def test_other_classes_are_measured_on_images_that_no_head_was_fitted_to(stripes: Batches, ghn_file: Path) -> None:
-    rows = rank(["test_resnet"], stripes, str(ghn_file), num_classes=4)
+    rows = rank("test_resnet", stripes, ghn_file, num_classes=4)
     assert rows[0].top1 == rows[0].accuracy["adapted"] > 0.6, "a quarter would be chance"
     generator = torch.Generator().manual_seed(0)
     meaningless = [(images, labels[torch.randperm(24, generator=generator)]) for images, labels in stripes]
@@ -37,6 +37,8 @@ def test_other_classes_are_measured_on_images_that_no_head_was_fitted_to(stripes
     assert held_out[0].accuracy["adapted"] > 0.6
     with pytest.raises(ValueError, match="Label 2 is none of the 2 classes"):
         rank(["test_resnet"], stripes, str(ghn_file), num_classes=2)
+    with pytest.raises(ValueError, match="A batch is a tuple of images and labels, not float32 of shape"):
+        rank("test_resnet", [stripes[0][0]], ghn_file)  # type: ignore[list-item]
     with pytest.raises(ValueError, match="Each batch is a single image"):
         rank(["test_resnet"], [(stripes[0][0][:1], stripes[0][1][:1])], str(ghn_file), head="ridge")
     with pytest.raises(ValueError, match="head is 'keep'; it must be one of auto, predict, ridge, prototype"):

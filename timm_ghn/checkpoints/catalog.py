@@ -95,6 +95,8 @@ class Catalog:
         Raises:
             CheckpointError: If it is none of these.
         """
+        if not name:
+            raise CheckpointError("The GHN's name is empty; give a tag, a path or hf-hub:org/repo.")
         with self._lock:
             if name in self.registered:
                 return self.registered[name]

@@ -46,8 +46,8 @@ def run(args: argparse.Namespace) -> None:
     if images.num_classes != len(CLASSES):
         raise GHNError(f"{args.data} has {images.num_classes} classes, not CIFAR-10's {len(CLASSES)}.")
     time_creation(args.ghn, ghn)
-    if ghn.config.num_classes != len(CLASSES):
-        console.print(f"\n{args.ghn} predicts {ghn.config.num_classes} classes, not CIFAR-10's: it is shown no images.")
+    if not images.has_classes_of(ghn.config):
+        console.print(f"\n{args.ghn} predicts no head for CIFAR-10's classes: it is shown no images.")
         return
     predictions, test = classify(images, ghn)
     # The first ones of each class: nobody chose those that look good.

@@ -43,6 +43,9 @@ def run(args: argparse.Namespace) -> None:
     from ..checkpoints.load import load_ghn
     from ..files import whole_files
 
+    kinds = [kind for kind, _ in args.experts]
+    if twice := {kind for kind in kinds if kinds.count(kind) > 1}:
+        raise CheckpointError(f"{min(twice)} is given more than once; one GHN can predict a kind.")
     try:
         joined = load_ghn(args.general).with_experts({kind: load_ghn(source) for kind, source in args.experts})
     except ValueError as error:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph import trace
-from .batches import check_images, check_labels, described
+from .batches import check_labels, described, images_and_labels
 from .calibration import START, calibrate, device_of, has_statistics, modes_kept
 
 HEADS = ("ridge", "prototype")
@@ -126,8 +126,8 @@ def _gather(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple
     moments: list[_Moments] = []
     with modes_kept(model), contextlib.ExitStack() as hooks:
         model.eval()
-        for images, labels in batches:
-            check_images(images)
+        for batch in batches:
+            images, labels = images_and_labels(batch)
             if not layers:
                 layers = _classifiers(model, images.shape[1:])
                 moments = [_Moments(layer.features, layer.classes, layer.bias is not None) for layer in layers]

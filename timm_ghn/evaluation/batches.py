@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,20 @@ from torch import Tensor
 Batches = Iterable["tuple[Tensor, Tensor]"]
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def images_and_labels(batch: Any) -> tuple[Tensor, Tensor]:
+    """The two parts of a batch.
+
+    Raises:
+        ValueError: If it has not two parts, or the first is no batch of images.
+    """
+    try:
+        images, labels = batch
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"A batch is a tuple of images and labels, not {described(batch)}.") from error
+    check_images(images)
+    return images, labels
 
 
 def check_images(images: object) -> None:

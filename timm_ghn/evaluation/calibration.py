@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,7 +69,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor | tuple[Tensor, Tensor]
                         norm.get_buffer(name).fill_(value)
             seen = 0
             for batch in batches:
-                images = batch if isinstance(batch, Tensor) else batch[0]
+                images = batch[0] if isinstance(batch, Sequence) and batch else batch
                 check_images(images)
                 model(images.to(device_of(model)))
                 seen += 1

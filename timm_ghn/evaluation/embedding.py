@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from functools import partial
 
@@ -19,7 +20,10 @@ from ..plan import make_plan
 _BATCH = 16
 
 
-def embed(models: Iterable[str | nn.Module | ComputationGraph], ghn: str | GHN = "ghn2") -> Tensor:
+Network = str | nn.Module | ComputationGraph
+
+
+def embed(models: Network | Iterable[Network], ghn: str | os.PathLike[str] | GHN = "ghn2") -> Tensor:
     """Embeds networks by a GHN: the mean of their nodes' states after message passing (arXiv 2110.13100, §4.3).
 
     Args:
@@ -33,7 +37,9 @@ def embed(models: Iterable[str | nn.Module | ComputationGraph], ghn: str | GHN =
         CheckpointError: If the GHN cannot be loaded.
         TraceError: If a model cannot be traced.
     """
-    hypernet = load_ghn(ghn) if isinstance(ghn, str) else ghn
+    hypernet = ghn if isinstance(ghn, GHN) else load_ghn(ghn)
+    if isinstance(models, Network):
+        models = [models]
     graphs = [model if isinstance(model, ComputationGraph) else architecture_graph(model) for model in models]
     decoded = hypernet.decoder.decoded_shape
     # Networks of a size together: a batch takes as many steps of message passing as its largest one.

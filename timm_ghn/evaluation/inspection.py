@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -122,7 +123,10 @@ class Inspection:
 
 
 def inspect(
-    model: str | nn.Module, ghn: str | GHN = "ghn2", images: Tensor | None = None, head: str = "auto"
+    model: str | nn.Module,
+    ghn: str | os.PathLike[str] | GHN = "ghn2",
+    images: Tensor | None = None,
+    head: str = "auto",
 ) -> Inspection:
     """Predicts a network's parameters and looks at them, and at what they make of images.
 
@@ -140,7 +144,7 @@ def inspect(
         PredictionError, TraceError: As for `predict`.
         ValueError: If `images` are none.
     """
-    loaded = load_ghn(ghn) if isinstance(ghn, str) else ghn
+    loaded = ghn if isinstance(ghn, GHN) else load_ghn(ghn)
     if images is not None:
         check_images(images)
     size = None if images is None else tuple(images.shape[1:])

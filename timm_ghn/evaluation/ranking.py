@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from ..predictor import Predictor
 from ..training.sampling import measured_cost
 from . import adaptation
 from .accuracy import Measured, accuracy, create_model, failures_noted
-from .batches import Batches, check_images, check_labels
+from .batches import Batches, check_labels, images_and_labels
 from .calibration import calibrate, device_of
 
 logger = logging.getLogger("timm_ghn.evaluation")
@@ -107,9 +108,9 @@ class Ranking(list[Ranked]):
 
 
 def rank(
-    models: Iterable[str | nn.Module],
+    models: str | nn.Module | Iterable[str | nn.Module],
     batches: Batches,
-    ghn: str | GHN = "ghn2",
+    ghn: str | os.PathLike[str] | GHN = "ghn2",
     *,
     held_out: Batches | None = None,
     num_classes: int | None = None,
@@ -145,14 +146,14 @@ def rank(
     """
     if head not in HEADS:
         raise ValueError(f"head is {head!r}; it must be one of {', '.join(HEADS)}.")
-    hypernet = load_ghn(ghn) if isinstance(ghn, str) else ghn
-    models, support = list(models), list(batches)
-    test = support if held_out is None else list(held_out)
+    hypernet = ghn if isinstance(ghn, GHN) else load_ghn(ghn)
+    models = [models] if isinstance(models, str | nn.Module) else list(models)
+    support = list(map(images_and_labels, batches))
+    test = support if held_out is None else list(map(images_and_labels, held_out))
     if not support or not test:
         raise ValueError("There are no batches to rank on; give at least one.")
     classes = num_classes or hypernet.config.num_classes
     for images, labels in [*support, *(test if held_out is not None else ())]:
-        check_images(images)
         check_labels(images, labels, classes if any(isinstance(model, str) for model in models) else None)
     if head == "auto":
         known = hypernet.config.predicts_head and classes == hypernet.config.num_classes

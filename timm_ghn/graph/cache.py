@@ -48,7 +48,7 @@ def load(file: Path) -> ComputationGraph | None:
         if int(checksum, 16) != zlib.crc32(text):
             return None
         return ComputationGraph.from_dict(json.loads(text))
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 
 

@@ -90,6 +90,15 @@ def _statistics(images: Tensor) -> Tensor:
     return torch.cat((torch.stack(means, 1), (torch.cat(responses, 1) + _SMALL).log()), 1)
 
 
+def check_task(task: object) -> None:
+    """Raises ValueError for what `sketch` does not make."""
+    if not isinstance(task, Tensor) or task.shape != (SKETCH,):
+        found = f"a tensor of shape {tuple(task.shape)}" if isinstance(task, Tensor) else f"a {type(task).__name__}"
+        raise ValueError(f"A task is what timm_ghn.sketch makes of images, {SKETCH} numbers, not {found}.")
+    if not task.isfinite().all():
+        raise ValueError("A task has values that are NaN or infinite; make it by timm_ghn.sketch.")
+
+
 class TaskModulation(nn.Module):
     """Scales and shifts the states of a network's nodes by what a sketch says (FiLM, arXiv 1709.07871).
 

@@ -70,9 +70,13 @@ class ImageDataset:
         return Images(self.mean, self.std, size, interpolation=self.interpolation, label_names=self.names)
 
     def has_classes_of(self, config: GHNConfig) -> bool:
-        """Whether a GHN predicts heads for these classes: they are as many and, where both are known, of the names."""
+        """Whether a GHN predicts heads, and for these classes: they are as many and, where both are known, so named."""
         known = config.images.label_names if config.images else None
-        return self.num_classes == config.num_classes and (not known or not self.names or known == self.names)
+        return (
+            config.predicts_head
+            and self.num_classes == config.num_classes
+            and (not known or not self.names or known == self.names)
+        )
 
     def to(self, device: torch.device | str) -> ImageDataset:
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
@@ -191,6 +195,8 @@ def load_dataset(
     Raises:
         DatasetError: The source is missing, empty, damaged, has labels outside its classes, or no such split.
     """
+    if not source:
+        raise DatasetError("The data has no name: give a parquet file, a folder of images, or one like torch/cifar10.")
     if split not in ("train", "val", "all", "test"):
         raise DatasetError(f"Unknown split {split!r}; choose from train, val, all, test.")
     if found := re.fullmatch(r"(.+)#(\d+)-(\d+)", source):
