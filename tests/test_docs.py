@@ -57,6 +57,7 @@ NOT_RUN = {
     "python benchmarks/create_model.py": "measures time, for minutes",
     "python benchmarks/graph_layer.py": "likewise",
     "python benchmarks/training_step.py": "is run by test_training_step.py",
+    "python benchmarks/training_trials.py": "trains for minutes, and holds out more images than there are here",
     "python -m timm_ghn": "is a name, not a command line",
 }
 _TRAIN = (

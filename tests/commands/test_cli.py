@@ -90,7 +90,7 @@ def test_any_number_of_classes(classes: str, ghn_file: Path, tmp_path: Path) -> 
         (["evaluate", "--data", ""], "The data has no name"),
         (["predict", "test_resnet", "-o", "new", "--ghn", "ghn2_tasks", "--head", "predict"], 'head is "predict", but'),
     ],
-    ids=" ".join,
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
 def test_a_failure_is_one_line(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
