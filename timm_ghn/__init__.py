@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .errors import CheckpointError, GHNError, PredictionError, TraceError
+from .errors import CheckpointError, GHNError, PredictionError, RequestError, TraceError
 from .with_timm import install_with_timm
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ __all__ = [
     "Prediction",
     "PredictionError",
     "Report",
+    "RequestError",
     "TraceError",
     "adapt",
     "calibrate",
