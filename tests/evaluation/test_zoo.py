@@ -107,7 +107,7 @@ def test_a_wrong_output_is_named(ghn: GHN, monkeypatch: pytest.MonkeyPatch) -> N
     for parameter in blank.parameters():
         torch.nn.init.zeros_(parameter)
     assert zoo.examine("test_vit", blank, pair)["output"] == "constant over the classes"
-    assert zoo.examine("test_vit", ghn, pair[:1].repeat(2, 1, 1, 1))["output"].startswith("almost the same for both")
+    assert zoo.examine("test_vit", ghn, pair[:1].repeat(2, 1, 1, 1))["output"].startswith("almost the same for all")
     assert "output" not in zoo.examine("test_vit", ghn)
     monkeypatch.setattr(zoo, "RUN_PARAMETERS", 1000)
     assert zoo.examine("test_vit", ghn, pair)["output"].startswith("skipped: 3")
