@@ -335,5 +335,7 @@ def test_the_demo_of_a_ghn_for_other_classes(
 ) -> None:
     ghn = save_ghn(tmp_path / "ghn.safetensors", num_classes=7)
     assert cli.main(["demo", "--ghn", str(ghn), "-o", str(tmp_path / "demo.png")]) == 0
-    assert "predicts no head for CIFAR-10's classes" in " ".join(capsys.readouterr().out.split())
+    assert "predicts 7 classes" in " ".join(capsys.readouterr().out.split())
+    assert cli.main(["demo", "--ghn", "ghn2_tasks", "-o", str(tmp_path / "demo.png")]) == 0
+    assert "predicts no classification layer" in " ".join(capsys.readouterr().out.split())
     assert not (tmp_path / "demo.png").exists()

@@ -47,7 +47,9 @@ def run(args: argparse.Namespace) -> None:
         raise GHNError(f"{args.data} has {images.num_classes} classes, not CIFAR-10's {len(CLASSES)}.")
     time_creation(args.ghn, ghn)
     if not images.has_classes_of(ghn.config):
-        console.print(f"\n{args.ghn} predicts no head for CIFAR-10's classes: it is shown no images.")
+        others = f"{ghn.config.num_classes} classes, not CIFAR-10's"
+        predicted = others if ghn.config.predicts_head else "no classification layer"
+        console.print(f"\n{args.ghn} predicts {predicted}: it is shown no images.")
         return
     predictions, test = classify(images, ghn)
     # The first ones of each class: nobody chose those that look good.

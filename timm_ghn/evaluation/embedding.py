@@ -27,7 +27,7 @@ def embed(models: Network | Iterable[Network], ghn: str | os.PathLike[str] | GHN
     """Embeds networks by a GHN: the mean of their nodes' states after message passing (arXiv 2110.13100, §4.3).
 
     Args:
-        models: timm's names, of which no weights are made, modules, or what `trace` made of them.
+        models: One or several: timm's names, of which no weights are made, modules, or what `trace` made of them.
         ghn: A loaded GHN, or whatever `load_ghn` takes.
 
     Returns:

@@ -124,8 +124,8 @@ def rank(
     fitted in closed form, as by `adapt`.
 
     Args:
-        models: timm's names, which are created for the batches' size and classes, or modules, which are left as they
-            are and go by the name of their class.
+        models: One or several: timm's names, which are created for the batches' size and classes, or modules, which
+            are left as they are and go by the name of their class.
         batches: Images and labels. Norms take their statistics from them, and a head is fitted to them.
         ghn: A loaded GHN, or whatever `load_ghn` takes.
         held_out: Images and labels to measure on. If None, these are `batches` themselves for predicted heads; where
