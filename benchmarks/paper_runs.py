@@ -28,6 +28,7 @@ from timm_ghn.prediction import write
 from timm_ghn.predictor import Predictor
 from timm_ghn.training.architectures import SPLITS, architecture
 from timm_ghn.training.data import ImageDataset, load_dataset
+from timm_ghn.training.depthwise import FastDepthwise
 from timm_ghn.training.sampling import measured_cost
 
 BATCH = 64
@@ -187,10 +188,11 @@ def _trained(model: nn.Module, run: Run, train: ImageDataset) -> nn.Module:
     schedule = CosineLRScheduler(optimizer, run.steps, warmup_t=run.steps // 20, t_in_epochs=False)
     epochs = itertools.chain.from_iterable(train.batches(BATCH, generator) for _ in itertools.count())
     model.train()
-    for step, (images, labels) in enumerate(itertools.islice(epochs, run.steps)):
-        schedule.step_update(step + 1)  # the first rate would be 0
-        if not math.isfinite(update(model, optimizer, images, labels)):
-            break
+    with FastDepthwise():
+        for step, (images, labels) in enumerate(itertools.islice(epochs, run.steps)):
+            schedule.step_update(step + 1)  # the first rate would be 0
+            if not math.isfinite(update(model, optimizer, images, labels)):
+                break
     return model
 
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from timm_ghn.tiling import tile
+from timm_ghn.training import depthwise
 
 Size = Sequence[int]
 
@@ -145,7 +146,7 @@ def _conv2d(
         if w.shape[0] != _part(x).shape[1] or x.shape[1] != channels or w.shape[0] % width or w.shape[1] != width:
             return NotImplemented
         x, groups = _part(x), w.shape[0] // width
-    y = func(x, w, _bias(bias, w.shape[0]), stride, padding, dilation, groups)
+    y = depthwise.conv2d(x, w, _bias(bias, w.shape[0]), stride, padding, dilation, groups)
     return fold(y, (y.shape[0], channels, *y.shape[2:]))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from timm_ghn.graph import ComputationGraph, trace
 from timm_ghn.tiling import tile
 from timm_ghn.training.architectures import Architecture
+from timm_ghn.training.depthwise import FastDepthwise
 from timm_ghn.training.folding import fold, fold_constant, unfold
 from timm_ghn.training.small_maps import simplify_small_maps
 
@@ -97,8 +98,7 @@ class Task:
             for name in {name.rpartition(".")[0] for name in self.graph.head}:
                 self.module.set_submodule(name, nn.Identity())
         self.shapes = {name: parameter.shape for name, parameter in self.module.named_parameters()}
-
-        self._has_exceptions = "msa" in self.graph.ops or self.graph.has_depthwise
+        self._has_depthwise = self.graph.has_depthwise
 
     def parameters(self, tiles: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the GHN predicted, in the parameters' full shapes; differentiable."""
@@ -117,8 +117,11 @@ class Task:
         # Convolutions of this layout are faster on both devices, and it passes from layer to layer.
         images = images.contiguous(memory_format=torch.channels_last)
         device = images.device.type
-        exceptions = _SlowInBfloat16() if bf16 and device == "cpu" and self._has_exceptions else nullcontext()
-        with torch.autocast(device, torch.bfloat16, enabled=bf16), exceptions:
+        with torch.autocast(device, torch.bfloat16, enabled=bf16), ExitStack() as modes:
+            if device == "cpu" and self._has_depthwise:
+                modes.enter_context(FastDepthwise())
+            if device == "cpu" and bf16 and (self._has_depthwise or "msa" in self.graph.ops):
+                modes.enter_context(_SlowInBfloat16())
             output: Tensor = functional_call(self.module, {**self.fixed, **parameters}, (images,))
         return unfold(output).float()
 
