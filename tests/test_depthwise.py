@@ -75,6 +75,18 @@ def test_the_convolutions_of_networks_have_them_in_single_precision(
         torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.parametrize("kernel", [(5, 5), (4, 5)])
+def test_padding_may_be_given_as_a_word(padding: str, kernel: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 9, 9, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(3, 1, *kernel, dtype=torch.float64, requires_grad=True)
+    for found, expected in zip(
+        results(x, weight, None, True, padding=padding), results(x, weight, None, False, padding=padding), strict=True
+    ):
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("name", ["tf_efficientnet_b0", "convnext_atto"])
 def test_a_network_trains_as_it_does_without(name: str) -> None:
     torch.manual_seed(0)

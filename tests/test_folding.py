@@ -155,3 +155,19 @@ def test_every_family_is_computed_exactly(
     scale = max(g.norm() for g in theirs)
     assert len(ours) == len(theirs)
     assert all((a - b).norm() < 1e-9 * scale for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("channels", [8, 11])
+@pytest.mark.parametrize("dim", [(2, 3), 1])
+def test_the_norm_of_nothing_has_a_derivative(channels: int, dim: int | tuple[int, ...]) -> None:
+    # ConvNeXt-V2 scales channels by their norms over an image, and one may be silent in it.
+    part = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    part[0, 2] = part[1, :, 0, 0] = 0
+    gradients = []
+    for make in (fold, tile):
+        leaf = part.clone().requires_grad_()
+        norm = make(leaf, (2, channels, 3, 3)).norm(p=2, dim=dim, keepdim=True)
+        unfold(norm).sum().backward()
+        gradients.append(leaf.grad)
+    assert gradients[0] is not None and gradients[0].isfinite().all()
+    torch.testing.assert_close(*gradients)

@@ -33,9 +33,11 @@ def conv2d(
     groups: int = 1,
 ) -> Tensor:  # fmt: skip
     """`torch.nn.functional.conv2d`, with derivatives that a CPU is fast at."""
-    if groups == 1 or isinstance(padding, str) or not _is_depthwise(x, weight, groups):
+    far = _pair(dilation)
+    pads = _pads(padding, weight, far)
+    if groups == 1 or pads is None or not _is_depthwise(x, weight, groups):
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    steps, pads, far = map(_pair, (stride, padding, dilation))
+    steps = _pair(stride)
     rows, columns = map(_taps, x.shape[2:], weight.shape[2:], steps, pads, far)
     weight = weight[..., rows, columns]
     pads = (pads[0] - far[0] * rows.start, pads[1] - far[1] * columns.start)
@@ -55,6 +57,14 @@ def _is_depthwise(x: Tensor, weight: Tensor, groups: int) -> bool:
         return False
     plain = x.ndim == 4 and x.device.type == "cpu" and x.dtype == weight.dtype in (torch.float32, torch.float64)
     return plain and groups == x.shape[1] == weight.shape[0]
+
+
+def _pads(padding: Any, weight: Tensor, far: Pair) -> Pair | None:
+    """Rows and columns that are added at each end; None if they are not the same at both, or in other words."""
+    if not isinstance(padding, str):
+        return _pair(padding)
+    around = [d * (size - 1) for d, size in zip(far, weight.shape[2:], strict=False)]
+    return (around[0] // 2, around[1] // 2) if padding == "same" and not any(size % 2 for size in around) else None
 
 
 def _taps(positions: int, taps: int, step: int, pad: int, far: int) -> slice:

@@ -278,8 +278,7 @@ def _pad(func: Callable[..., Tensor], x: Folded, pad: Size, *args: Any, **kwargs
 def _mean(func: Callable[..., Tensor], x: Folded, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
     if dim is None:
         return NotImplemented
-    dims = {d % x.ndim for d in ((dim,) if isinstance(dim, int) else dim)}
-    shape = [1 if d in dims else size for d, size in enumerate(x.shape) if d not in dims or keepdim]
+    dims, shape = _reduction(x, dim, keepdim)
     part = x.part
     for d in dims.intersection(_folded_dims(x)):
         part = part * (_copies(x.shape[d], part, d) * (part.shape[d] / x.shape[d]))
@@ -291,10 +290,17 @@ def _norm(
 ) -> Any:
     if p not in (2, "fro") or dim is None or dtype is not None:
         return NotImplemented
-    mean = torch.mean(x.square(), dim, keepdim)
-    dims = (dim,) if isinstance(dim, int) else dim
-    total = fold(_part(mean) * torch.Size(x.shape[d] for d in dims).numel(), mean.shape)
-    return fold(_part(total).sqrt(), mean.shape)
+    dims, shape = _reduction(x, dim, keepdim)
+    part = x.part
+    for d in dims.intersection(_folded_dims(x)):
+        part = part * _copies(x.shape[d], part, d) ** 0.5
+    return fold(func(part, p, tuple(dims), keepdim), shape)
+
+
+def _reduction(x: Folded, dim: int | Size, keepdim: bool) -> tuple[set[int], list[int]]:
+    """Dimensions that a function reduces, and the shape that the whole has then."""
+    dims = {d % x.ndim for d in ((dim,) if isinstance(dim, int) else dim)}
+    return dims, [1 if d in dims else size for d, size in enumerate(x.shape) if d not in dims or keepdim]
 
 
 def _view(func: Callable[..., Tensor], x: Folded, *shape: Any) -> Any:
