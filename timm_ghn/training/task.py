@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
 
 from timm_ghn.graph import ComputationGraph, trace
 from timm_ghn.tiling import tile
@@ -116,17 +116,18 @@ class Task:
         """
         # Convolutions of this layout are faster on both devices, and it passes from layer to layer.
         images = images.contiguous(memory_format=torch.channels_last)
-        device = images.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=bf16), ExitStack() as modes:
-            if device == "cpu" and self._has_depthwise:
-                modes.enter_context(FastDepthwise())
-            if device == "cpu" and bf16 and (self._has_depthwise or "msa" in self.graph.ops):
-                modes.enter_context(_SlowInBfloat16())
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16), self._mode(bf16):
             output: Tensor = functional_call(self.module, {**self.fixed, **parameters}, (images,))
         return unfold(output).float()
 
+    def _mode(self, bf16: bool) -> AbstractContextManager[Any]:
+        """In which functions are not computed as usual, because that is slow; all functions pay for a mode."""
+        if self.device.type == "cpu" and bf16 and (self._has_depthwise or "msa" in self.graph.ops):
+            return _SlowInBfloat16()
+        return FastDepthwise() if self.device.type == "cpu" and self._has_depthwise else nullcontext()
 
-class _SlowInBfloat16(TorchFunctionMode):
+
+class _SlowInBfloat16(FastDepthwise):
     """Keeps depthwise convolutions and attention in float32: backward in bfloat16, they take a CPU twice as long."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
@@ -134,8 +135,10 @@ class _SlowInBfloat16(TorchFunctionMode):
         depthwise = func is F.conv2d and args[1].shape[1] == 1 and args[1].shape[0] > 1
         if not depthwise and func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
+        args = tuple(map(_as_float32, args))
+        kwargs = {key: _as_float32(arg) for key, arg in kwargs.items()}
         with torch.autocast("cpu", enabled=False):
-            return func(*map(_as_float32, args), **{key: _as_float32(arg) for key, arg in kwargs.items()}).bfloat16()
+            return super().__torch_function__(func, types, args, kwargs).bfloat16()  # type: ignore[no-untyped-call]
 
 
 def _as_float32(argument: object) -> object:
