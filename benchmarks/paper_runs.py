@@ -30,6 +30,7 @@ from timm_ghn.training.architectures import SPLITS, architecture
 from timm_ghn.training.data import ImageDataset, load_dataset
 from timm_ghn.training.depthwise import FastDepthwise
 from timm_ghn.training.sampling import measured_cost
+from timm_ghn.training.small_maps import simplify_small_maps
 
 BATCH = 64
 TEST_BATCH = 250
@@ -184,10 +185,12 @@ def measure(run: Run) -> Row:
 def _trained(model: nn.Module, run: Run, train: ImageDataset) -> nn.Module:
     """SGD with momentum over so many batches of shuffled epochs, its rate falling along a cosine of this length."""
     generator = torch.Generator(train.images.device).manual_seed(0)
-    optimizer = torch.optim.SGD(model.parameters(), run.rate, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    optimizer = torch.optim.SGD(
+        model.parameters(), run.rate, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True
+    )
     schedule = CosineLRScheduler(optimizer, run.steps, warmup_t=run.steps // 20, t_in_epochs=False)
     epochs = itertools.chain.from_iterable(train.batches(BATCH, generator) for _ in itertools.count())
-    model.train()
+    simplify_small_maps(model.train())
     with FastDepthwise():
         for step, (images, labels) in enumerate(itertools.islice(epochs, run.steps)):
             schedule.step_update(step + 1)  # the first rate would be 0

@@ -27,20 +27,25 @@ CONVOLUTIONS: dict[str, dict[str, Any]] = {
     "strided depthwise": {"kernel_size": 3, "padding": 1, "stride": 2, "groups": 6},
     "grouped": {"kernel_size": 3, "padding": 1, "groups": 2},
     "more outputs than groups": {"kernel_size": 3, "padding": 1, "groups": 6, "out_channels": 12},
+    "many channels": {"kernel_size": 3, "padding": 1, "in_channels": 132, "out_channels": 132},
+    "many channels, strided": {"kernel_size": 3, "padding": 1, "stride": 2, "in_channels": 132, "out_channels": 132},
+    "many channels, not square": {"kernel_size": (1, 3), "padding": (0, 1), "in_channels": 132, "out_channels": 132},
+    "many channels, dilated": {"kernel_size": 3, "padding": 2, "dilation": 2, "in_channels": 132, "out_channels": 132},
+    "many channels, even": {"kernel_size": 2, "padding": 1, "in_channels": 132, "out_channels": 132},
     "reflecting": {"kernel_size": 1, "padding_mode": "reflect"},
     "by a word": {"kernel_size": 3, "padding": "same"},
 }
 
 
 @pytest.mark.parametrize("folded", [False, True])
-@pytest.mark.parametrize("side", [1, 2, 4, 5])
+@pytest.mark.parametrize("side", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_they_are_the_convolutions(name: str, side: int, folded: bool) -> None:
     torch.manual_seed(0)
     options = {"in_channels": 6, "out_channels": 6, **CONVOLUTIONS[name]}
     plain, ours = (nn.Conv2d(**options).double() for _ in range(2))
     simplify_small_maps(ours)
-    shapes = {"x": (4, 6, side, side), **{n: tuple(p.shape) for n, p in plain.named_parameters()}}
+    shapes = {"x": (4, plain.in_channels, side, side), **{n: tuple(p.shape) for n, p in plain.named_parameters()}}
     # Copies of half of the channels, but for a depthwise kernel's only input.
     parts = {
         n: [size // 2 if folded and d < 2 and size % 6 == 0 else size for d, size in enumerate(shape)]

@@ -8,6 +8,7 @@ where the kernel is dilated.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,9 +39,8 @@ def conv2d(
     if groups == 1 or pads is None or not _is_depthwise(x, weight, groups):
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     steps = _pair(stride)
-    rows, columns = map(_taps, x.shape[2:], weight.shape[2:], steps, pads, far)
+    (rows, columns), pads = reaching_taps(x.shape[2:], weight.shape[2:], steps, pads, far)
     weight = weight[..., rows, columns]
-    pads = (pads[0] - far[0] * rows.start, pads[1] - far[1] * columns.start)
     far = (far[0] if weight.shape[2] > 1 else 1, far[1] if weight.shape[3] > 1 else 1)
     if max(steps) > 1 and max(far) > 1 and not any(step % d for step, d in zip(steps, far, strict=True)):
         x = F.pad(x, (pads[1], pads[1], pads[0], pads[0]))[..., :: far[0], :: far[1]]  # what is read of it
@@ -49,6 +49,14 @@ def conv2d(
         return F.conv2d(x, weight, bias, steps, pads, far, groups)
     y: Tensor = _Depthwise.apply(x, weight, steps, pads, far)
     return y if bias is None else y + bias.view(1, -1, 1, 1)
+
+
+def reaching_taps(
+    size: Sequence[int], kernel: Sequence[int], stride: Pair, padding: Pair, dilation: Pair
+) -> tuple[tuple[slice, slice], Pair]:
+    """Rows and columns of a kernel that meet the map and not only the padding, and the padding for these alone."""
+    rows, columns = map(_taps, size, kernel, stride, padding, dilation)
+    return (rows, columns), (padding[0] - dilation[0] * rows.start, padding[1] - dilation[1] * columns.start)
 
 
 def _is_depthwise(x: Tensor, weight: Tensor, groups: int) -> bool:
@@ -68,7 +76,7 @@ def _pads(padding: Any, weight: Tensor, far: Pair) -> Pair | None:
 
 
 def _taps(positions: int, taps: int, step: int, pad: int, far: int) -> slice:
-    """Those of a kernel that meet the map and not only the padding, with as many left out at both ends."""
+    """Those that meet the map along one dimension, with as many left out at both ends."""
     last = (positions + 2 * pad - far * (taps - 1) - 1) // step * step - pad  # where the kernel begins, at most
     outside = max(0, min(-(last // far), taps - 1 - (positions - 1 + pad) // far, pad // far))
     return slice(outside, taps - outside)

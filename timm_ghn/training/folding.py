@@ -93,7 +93,8 @@ def _part(x: Any) -> Any:
     return x.part if isinstance(x, Folded) else x
 
 
-def _folded_dims(x: Tensor) -> list[int]:
+def folded_dims(x: Tensor) -> list[int]:
+    """Along which a tensor is made of copies."""
     return [dim for dim, (have, whole) in enumerate(zip(_part(x).shape, x.shape, strict=True)) if have != whole]
 
 
@@ -135,7 +136,7 @@ def _conv2d(
     func: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
     padding: Any = 0, dilation: Any = 1, groups: int = 1,
 ) -> Any:  # fmt: skip
-    if any(dim != 1 for dim in _folded_dims(x)) or not _bias_fits(bias, weight):
+    if any(dim != 1 for dim in folded_dims(x)) or not _bias_fits(bias, weight):
         return NotImplemented
     channels = weight.shape[0]
     if groups == 1:
@@ -151,7 +152,7 @@ def _conv2d(
 
 
 def _linear(func: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    if any(dim != x.ndim - 1 for dim in _folded_dims(x)) or not _bias_fits(bias, weight):
+    if any(dim != x.ndim - 1 for dim in folded_dims(x)) or not _bias_fits(bias, weight):
         return NotImplemented
     x, w = _contract(x, weight, x.ndim - 1)
     y = func(x, w, _bias(bias, w.shape[0]))
@@ -172,7 +173,7 @@ def _batch_norm(
 ) -> Any:  # fmt: skip
     channels = _part(x).shape[1]
     vectors = [_part(vector) for vector in (mean, var, weight, bias)]
-    if _folded_dims(x) != [1] or any(v is not None and v.shape[0] != channels for v in vectors):
+    if folded_dims(x) != [1] or any(v is not None and v.shape[0] != channels for v in vectors):
         return NotImplemented
     return fold(func(_part(x), *vectors, *args, **kwargs), x.shape)
 
@@ -196,7 +197,7 @@ def _group_norm(
         return _norm_over_channels(x, 1, weight, bias, lambda part, w, b: func(part, 1, w, b, eps), eps)
     part, width = _part(x), x.shape[1] // groups
     vectors = [_part(vector) for vector in (weight, bias)]
-    if _folded_dims(x) != [1] or any(v is not None and v.shape[0] != part.shape[1] for v in vectors):
+    if folded_dims(x) != [1] or any(v is not None and v.shape[0] != part.shape[1] for v in vectors):
         return NotImplemented
     if part.shape[1] % width:  # a copy that does not hold whole groups
         return NotImplemented
@@ -207,7 +208,7 @@ def _norm_over_channels(
     x: Tensor, dim: int, weight: Tensor | None, bias: Tensor | None, norm: Callable[..., Tensor], eps: float
 ) -> Any:
     """A norm whose statistics reach over channels, some of which may occur more often than others."""
-    if _folded_dims(x) != [dim]:
+    if folded_dims(x) != [dim]:
         return NotImplemented
     part = _part(x)
     w, b = _part(weight), _part(bias)
@@ -265,7 +266,7 @@ def _addcmul(func: Callable[..., Tensor], x: Tensor, y: Tensor, z: Tensor, *, va
 
 def _over_positions(func: Callable[..., Tensor], x: Folded, *args: Any, **kwargs: Any) -> Any:
     """Pooling, padding, resizing: what treats each channel of [n, channels, h, w] alike."""
-    if _folded_dims(x) != [1] or x.ndim != 4:
+    if folded_dims(x) != [1] or x.ndim != 4:
         return NotImplemented
     y = func(x.part, *args, **kwargs)
     return fold(y, (y.shape[0], x.shape[1], *y.shape[2:])) if isinstance(y, Tensor) else NotImplemented
@@ -280,7 +281,7 @@ def _mean(func: Callable[..., Tensor], x: Folded, dim: Any = None, keepdim: bool
         return NotImplemented
     dims, shape = _reduction(x, dim, keepdim)
     part = x.part
-    for d in dims.intersection(_folded_dims(x)):
+    for d in dims.intersection(folded_dims(x)):
         part = part * (_copies(x.shape[d], part, d) * (part.shape[d] / x.shape[d]))
     return fold(func(part, tuple(dims), keepdim=keepdim, **kwargs), shape)
 
@@ -292,7 +293,7 @@ def _norm(
         return NotImplemented
     dims, shape = _reduction(x, dim, keepdim)
     part = x.part
-    for d in dims.intersection(_folded_dims(x)):
+    for d in dims.intersection(folded_dims(x)):
         part = part * _copies(x.shape[d], part, d) ** 0.5
     return fold(func(part, p, tuple(dims), keepdim), shape)
 
@@ -317,7 +318,7 @@ def _view(func: Callable[..., Tensor], x: Folded, *shape: Any) -> Any:
 def _flatten(func: Callable[..., Tensor], x: Folded, start_dim: int = 0, end_dim: int = -1) -> Any:
     start, end = start_dim % x.ndim, end_dim % x.ndim
     merged = range(start, end + 1)
-    if any(dim in merged for dim in _folded_dims(x)) and sum(x.shape[dim] > 1 for dim in merged) > 1:
+    if any(dim in merged for dim in folded_dims(x)) and sum(x.shape[dim] > 1 for dim in merged) > 1:
         return NotImplemented
     return fold(x.part.flatten(start, end), (*x.shape[:start], x.shape[start : end + 1].numel(), *x.shape[end + 1 :]))
 
