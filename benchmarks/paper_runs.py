@@ -16,7 +16,7 @@ from typing import Any
 
 import timm
 import torch
-from random_vs_ghn import held_out_rows, update
+from random_vs_ghn import arranged, held_out_rows, update
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
@@ -28,9 +28,7 @@ from timm_ghn.prediction import write
 from timm_ghn.predictor import Predictor
 from timm_ghn.training.architectures import SPLITS, architecture
 from timm_ghn.training.data import ImageDataset, load_dataset
-from timm_ghn.training.depthwise import FastDepthwise
 from timm_ghn.training.sampling import measured_cost
-from timm_ghn.training.small_maps import simplify_small_maps
 
 BATCH = 64
 TEST_BATCH = 250
@@ -150,7 +148,7 @@ def measure(run: Run) -> Row:
     torch.manual_seed(0)
     started = time.perf_counter()
     if run.steps:
-        model = _trained(make().to(device).to(memory_format=torch.channels_last), run, train)
+        model = _trained(arranged(make(), torch.device(device)), run, train)
     else:
         model, prediction = Predictor(load_ghn(ghn, device), "predict").build(make)
         write(model, prediction)
@@ -190,12 +188,11 @@ def _trained(model: nn.Module, run: Run, train: ImageDataset) -> nn.Module:
     )
     schedule = CosineLRScheduler(optimizer, run.steps, warmup_t=run.steps // 20, t_in_epochs=False)
     epochs = itertools.chain.from_iterable(train.batches(BATCH, generator) for _ in itertools.count())
-    simplify_small_maps(model.train())
-    with FastDepthwise():
-        for step, (images, labels) in enumerate(itertools.islice(epochs, run.steps)):
-            schedule.step_update(step + 1)  # the first rate would be 0
-            if not math.isfinite(update(model, optimizer, images, labels)):
-                break
+    model.train()
+    for step, (images, labels) in enumerate(itertools.islice(epochs, run.steps)):
+        schedule.step_update(step + 1)  # the first rate would be 0
+        if not math.isfinite(update(model, optimizer, images, labels)):
+            break
     return model
 
 
