@@ -28,10 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from graph_layer import machine
 from matplotlib.figure import Figure
-from random_vs_ghn import few_shot, hash_of
+from random_vs_ghn import arranged, few_shot, hash_of, update
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -73,12 +72,7 @@ def train(model: nn.Module, data: ImageDataset, rate: float, steps: float, secon
         if used >= 1:
             break
         optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + torch.cos(torch.tensor(used * torch.pi)).item())
-        images, labels = data.sample(BATCH, generator)
-        loss = F.cross_entropy(model(images), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-        optimizer.step()
+        update(model, optimizer, *data.sample(BATCH, generator))
     return model
 
 
@@ -99,7 +93,7 @@ class Comparison:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.arguments.seed)
             model = create_model(self.name, self.data.num_classes, self.data.image_size, **options)
-        return model.to(self.arguments.device)
+        return arranged(model, torch.device(self.arguments.device))
 
     def adapted(self, start: str, tag: str, data: ImageDataset) -> nn.Module:
         model = self.build(start == "pretrained")
