@@ -17,7 +17,7 @@ dense       Segmentation with a predicted backbone (dense.py).
 In "sgd" and "ranking", SGD has momentum 0.9, batches of 64, a cosine schedule for each length, and the best of three
 learning rates: all are tried at each length up to 1/3 of an epoch, and longer runs have the one that is best there.
 Rates are chosen on other images than accuracies are reported on; norms take their statistics from training images
-before every measurement, whatever the weights.
+before every measurement, whatever the weights. SGD computes in bfloat16 where the device is faster with it.
 
 A run that was stopped goes on where it was: finished ones are kept in DIR/paper.jsonl. Those of SGD do not depend on
 the GHN, and serve the next one too. Networks that are not finished are left out of the report, which says how many.

@@ -57,7 +57,7 @@ from timm_ghn.evaluation.accuracy import accuracy, create_model
 from timm_ghn.evaluation.calibration import calibrate
 from timm_ghn.preparation import PREPARATIONS
 from timm_ghn.training.data import ImageDataset, load_dataset
-from timm_ghn.training.depthwise import FastDepthwise
+from timm_ghn.training.precision import fast_arithmetic
 from timm_ghn.training.small_maps import simplify_small_maps
 from timm_ghn.workers import process_pool
 
@@ -356,10 +356,13 @@ def arranged(model: nn.Module, device: torch.device) -> nn.Module:
     return model.to(device).to(memory_format=torch.channels_last)
 
 
-def update(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: torch.Tensor, labels: torch.Tensor) -> float:
+def update(
+    model: nn.Module, optimizer: torch.optim.Optimizer, inputs: torch.Tensor, labels: torch.Tensor, bf16: bool = False
+) -> float:
     """One step; returns the loss before it."""
-    with FastDepthwise():
-        loss = F.cross_entropy(model(inputs.contiguous(memory_format=torch.channels_last)), labels)
+    with fast_arithmetic(inputs.device, bf16):
+        logits = model(inputs.contiguous(memory_format=torch.channels_last))
+    loss = F.cross_entropy(logits.float(), labels)
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 5.0)

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from timm_ghn.graph import ComputationGraph, trace
 from timm_ghn.tiling import tile
 from timm_ghn.training.architectures import Architecture
-from timm_ghn.training.depthwise import FastDepthwise
 from timm_ghn.training.folding import fold, fold_constant, unfold
+from timm_ghn.training.precision import fast_arithmetic
 from timm_ghn.training.small_maps import simplify_small_maps
 
 _DECLARED_SIZE = 224
@@ -98,7 +95,7 @@ class Task:
             for name in {name.rpartition(".")[0] for name in self.graph.head}:
                 self.module.set_submodule(name, nn.Identity())
         self.shapes = {name: parameter.shape for name, parameter in self.module.named_parameters()}
-        self._has_depthwise = self.graph.has_depthwise
+        self._plain = not self.graph.has_depthwise and "msa" not in self.graph.ops
 
     def parameters(self, tiles: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the GHN predicted, in the parameters' full shapes; differentiable."""
@@ -116,33 +113,9 @@ class Task:
         """
         # Convolutions of this layout are faster on both devices, and it passes from layer to layer.
         images = images.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16), self._mode(bf16):
+        with fast_arithmetic(self.device, bf16, self._plain):
             output: Tensor = functional_call(self.module, {**self.fixed, **parameters}, (images,))
         return unfold(output).float()
-
-    def _mode(self, bf16: bool) -> AbstractContextManager[Any]:
-        """In which functions are not computed as usual, because that is slow; all functions pay for a mode."""
-        if self.device.type == "cpu" and bf16 and (self._has_depthwise or "msa" in self.graph.ops):
-            return _SlowInBfloat16()
-        return FastDepthwise() if self.device.type == "cpu" and self._has_depthwise else nullcontext()
-
-
-class _SlowInBfloat16(FastDepthwise):
-    """Keeps depthwise convolutions and attention in float32: backward in bfloat16, they take a CPU twice as long."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        kwargs = kwargs or {}
-        depthwise = func is F.conv2d and args[1].shape[1] == 1 and args[1].shape[0] > 1
-        if not depthwise and func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        args = tuple(map(_as_float32, args))
-        kwargs = {key: _as_float32(arg) for key, arg in kwargs.items()}
-        with torch.autocast("cpu", enabled=False):
-            return super().__torch_function__(func, types, args, kwargs).bfloat16()  # type: ignore[no-untyped-call]
-
-
-def _as_float32(argument: object) -> object:
-    return argument.float() if isinstance(argument, Tensor) and argument.is_floating_point() else argument
 
 
 def _skips_positions(convolution: nn.Conv2d) -> bool:
