@@ -99,7 +99,10 @@ def write(result: Row, folder: Path) -> None:
 def against_sgd(rows: list[Row], result: Row) -> Row:
     """Means over the networks of a group, and on how many of them predicted weights are ahead."""
     steps = sorted({int(step) for row in rows for step in row["sgd"]})
+    # What takes longer than all are trained has no place among networks of which few are trained for longer.
+    common = min(max(row["sgd"]) for row in rows)
     reached = [steps_to_reach(row, result["classes"]) for row in rows]
+    reached = [None if found is None or found > common else found for found in reached]
     return {
         "networks": len(rows),
         "predicted": mean_error([row["predicted"]["test"] for row in rows]),
@@ -110,6 +113,7 @@ def against_sgd(rows: list[Row], result: Row) -> Row:
             for step in steps
         },
         "steps": quartiles([math.inf if found is None else found for found in reached]),
+        "common": common,
         "beyond": sum(found is None for found in reached),
         "times": quartiles([times_as_long(row, found) for row, found in zip(rows, reached, strict=True)]),
     }
@@ -131,7 +135,8 @@ def steps_to_reach(row: Row, classes: int) -> float | None:
         now = row["sgd"][steps]["test"]
         if now >= goal:
             share = (goal - accuracy) / (now - accuracy)
-            return math.expm1(math.log1p(before) + share * (math.log1p(steps) - math.log1p(before)))
+            reached = math.expm1(math.log1p(before) + share * (math.log1p(steps) - math.log1p(before)))
+            return min(reached, float(steps))  # a rounding more would be beyond
         before, accuracy = steps, max(now, accuracy)
     return None
 
@@ -173,7 +178,7 @@ def sgd_table(result: Row) -> Cells:
         cells.append([
             name, f"{found['networks']} of {result['wanted'].get(name, found['networks'])}",
             plus_minus(found["predicted"]), *means, ahead,
-            spread(found["steps"]), spread(found["times"]), PUBLISHED.get(name, ""),
+            spread(found["steps"], f"over {found['common']}"), spread(found["times"], "more"), PUBLISHED.get(name, ""),
         ])  # fmt: skip
     return cells
 
@@ -198,8 +203,8 @@ def plus_minus(value: tuple[float, float]) -> str:
     return f"{value[0]:.1f} ± {value[1]:.1f}"
 
 
-def spread(found: list[float | None]) -> str:
-    low, middle, high = ("beyond" if value is None else f"{value:.0f}" for value in found)
+def spread(found: list[float | None], beyond: str) -> str:
+    low, middle, high = (beyond if value is None else f"{value:.0f}" for value in found)
     return f"{middle} ({low} to {high})"
 
 
