@@ -47,6 +47,7 @@ from timm_ghn.command_line import (
     output_directory,
     positive,
 )
+from timm_ghn.devices import has_bf16
 from timm_ghn.evaluation.accuracy import accuracy, create_model
 from timm_ghn.evaluation.adaptation import HEADS
 from timm_ghn.training.data import Batches, ImageDataset, load_dataset
@@ -63,7 +64,8 @@ TEST_BATCH = 100
 
 def train(model: nn.Module, data: ImageDataset, rate: float, steps: float, seconds: float, seed: int) -> nn.Module:
     """SGD with momentum until either is used up; the rate falls along a cosine of whichever is nearer its end."""
-    generator = torch.Generator(data.images.device).manual_seed(seed)
+    device = data.images.device
+    generator = torch.Generator(device).manual_seed(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=5e-4, nesterov=True)
     model.train()
     started = time.perf_counter()
@@ -72,7 +74,7 @@ def train(model: nn.Module, data: ImageDataset, rate: float, steps: float, secon
         if used >= 1:
             break
         optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + torch.cos(torch.tensor(used * torch.pi)).item())
-        update(model, optimizer, *data.sample(BATCH, generator))
+        update(model, optimizer, *data.sample(BATCH, generator), has_bf16(device))
     return model
 
 

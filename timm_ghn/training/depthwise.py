@@ -1,9 +1,9 @@
 """Derivatives of depthwise convolutions on a CPU, from what oneDNN is fast at.
 
 Forward, oneDNN is fast at all of them. Derivatives of kernels that are dilated, and the weight's of kernels wider than
-three, take it ten to a hundred times as long as the convolution. Here the input's is a convolution with the flipped
-kernel, and the weight's is put together from strips of the kernel that are three wide, over images that are taken apart
-where the kernel is dilated.
+three, take it many times as long as the convolution. Here the input's is a convolution with the flipped kernel, and the
+weight's is put together from strips of the kernel that are three wide, over images that are taken apart where the
+kernel is dilated.
 """
 
 from __future__ import annotations
