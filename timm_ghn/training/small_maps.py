@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from timm_ghn.training.depthwise import Pair, reaching_taps
 from timm_ghn.training.folding import Folded, fold, folded_dims
 
-_FEW = 16  # positions of the output, where one tap of the kernel reaches the map
-_VERY_FEW = 4  # where more do: what they read is gathered,
+# Positions of the map for each step of the stride,
+_FEW = 16  # where one tap of the kernel reaches it,
+_VERY_FEW = 4  # and where more do: what they read is gathered,
 _MANY = 1 << 14  # which pays off from so many pairs of channels on
 
 
@@ -47,14 +48,11 @@ def _product(self: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
             y = _subsampled(x, self.stride) * weight.flatten().view(1, -1, 1, 1)
             return y if bias is None else y + bias.view(1, -1, 1, 1)
         return None
-    whole = (
-        self.groups == 1 and self.dilation == (1, 1) and not isinstance(x, Folded) and not isinstance(weight, Folded)
-    )
-    if whole and weight.shape[:2].numel() >= _MANY:
+    few = x.shape[2:].numel() <= _VERY_FEW * math.prod(self.stride) and weight.shape[:2].numel() >= _MANY
+    if few and self.groups == 1 and self.dilation == (1, 1) and not any(isinstance(t, Folded) for t in (x, weight)):
         read = _read(x, taps, self.stride, padding)
-        if read.shape[1:3].numel() <= _VERY_FEW:
-            weight = weight[..., rows, columns].permute(0, 2, 3, 1)
-            return F.linear(read.flatten(3), weight.flatten(1), bias).permute(0, 3, 1, 2)
+        weight = weight[..., rows, columns].permute(0, 2, 3, 1)
+        return F.linear(read.flatten(3), weight.flatten(1), bias).permute(0, 3, 1, 2)
     return None
 
 
