@@ -198,14 +198,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
 
 def test_it_learns_and_its_networks_take_anybodys_classes(tmp_path: Path) -> None:
     config = dataclasses.replace(
-        CONFIG, steps=80, lr=5e-3, network_clip=3.0, meta_batch=4, batch_size=24, optimizer="soap", ema=0.9, grey=0.0,
-        val_images=300, val_architectures=4,
+        CONFIG, steps=90, lr=3e-3, network_clip=3.0, meta_batch=4, batch_size=60, optimizer="soap", ema=0.95, grey=0.0,
+        val_images=300, val_architectures=8,
     )  # fmt: skip
     train, val = [images(300, 3, 0), images(300, 5, 1)], [images(150, 3, 2), images(150, 5, 3)]
     run = trainer(tmp_path, config, train=train, val=val)
     before = float(run.validate().mean())
     after = run.run()["val_mean"]
-    assert after > before + 3
+    assert after > before + 8, "18 to 34 with other seeds, in float32 and in bfloat16"
 
     ghn = load_ghn(str(tmp_path))
     data = images(70, 7, 5)
