@@ -76,3 +76,31 @@ def test_what_is_folded_stays_so() -> None:
         }
         y = torch.func.functional_call(convolution, values, (fold(torch.randn(2, 3, 1, 1), (2, 6, 1, 1)),))
         assert isinstance(y, Folded) and y.part.shape == (2, 3, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "largest"),
+    [
+        ("pointwise", 4),
+        ("strided", 8),
+        ("3x3", 1),
+        ("depthwise", 1),
+        ("many channels", 2),
+        ("many channels, strided", 4),
+    ],
+)
+def test_they_are_products_on_small_maps_alone(name: str, largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    convolution = nn.Conv2d(**{"in_channels": 6, "out_channels": 6, **CONVOLUTIONS[name]})
+    simplify_small_maps(convolution)
+    convolved: list[int] = []
+    conv2d = torch.nn.functional.conv2d
+
+    def watched(x: Tensor, *args: Any) -> Tensor:
+        convolved.append(x.shape[-1])
+        return conv2d(x, *args)
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", watched)
+    sides = (1, 2, 3, 4, 5, 8, 9)
+    for side in sides:
+        convolution(torch.randn(2, convolution.in_channels, side, side))
+    assert convolved == [side for side in sides if side > largest]
