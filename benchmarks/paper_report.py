@@ -145,9 +145,12 @@ def times_as_long(row: Row, steps: float | None) -> float:
     """How many times as long as the prediction it takes SGD to get there."""
     if steps is None:
         return math.inf
-    longest = max(row["sgd"])
-    seconds: float = row["sgd"][longest]["seconds"] / longest
-    return steps * seconds / float(row["predicted"]["seconds"])
+    return seconds_to_reach(row, steps) / float(row["predicted"]["seconds"])
+
+
+def seconds_to_reach(row: Row, steps: float) -> float:
+    """As long as so many steps of SGD take."""
+    return steps * float(row["predicted"]["step_seconds"])
 
 
 def quartiles(values: list[float]) -> list[float | None]:
@@ -186,7 +189,7 @@ def sgd_table(result: Row) -> Cells:
 def every_network(result: Row) -> Cells:
     every = sorted({steps for row in result["rows"] for steps in row["sgd"]})
     header = ["network", "group", "parameters", "predicted", *(length(steps, result) for steps in every)]
-    cells = [[*header, "steps to reach it", "predicted in", "longest SGD in"]]
+    cells = [[*header, "steps to reach it", "predicted in", "SGD gets there in"]]
     for row in result["rows"]:
         reached = steps_to_reach(row, result["classes"])
         cells.append([
@@ -194,7 +197,8 @@ def every_network(result: Row) -> Cells:
             f"{row['predicted']['test']:.1f}",
             *(f"{row['sgd'][steps]['test']:.1f}" if steps in row["sgd"] else "" for steps in every),
             "beyond" if reached is None else f"{reached:.0f}",
-            f"{row['predicted']['seconds']:.2f} s", f"{row['sgd'][max(row['sgd'])]['seconds']:.0f} s",
+            f"{row['predicted']['seconds']:.2f} s",
+            "beyond" if reached is None else f"{seconds_to_reach(row, reached):.0f} s",
         ])  # fmt: skip
     return cells
 
@@ -291,7 +295,8 @@ def notes(result: Row) -> list[str]:
         f"top-1 in percent on {result['command']['images']} held-out images, mean ± standard error over networks; an "
         f"epoch is {result['epoch']} steps; each length of SGD has its own cosine schedule and the best of three rates",
         "ahead of each: on how many networks predicted weights are at least as good, for each length; steps to reach "
-        "it, and how many times as long as the prediction they take: median and quartiles over networks",
+        "it, and how many times as long as the prediction they take: median and quartiles over networks; seconds are "
+        "medians of a prediction and of a step, in turns",
         "networks that are not finished are left out: of how many there are to be is in the second column",
         "tau ± standard error (ranking, by resampling networks), or ± standard deviation over divisions (properties). "
         + PUBLISHED_TAU,

@@ -6,10 +6,11 @@ import functools
 import itertools
 import json
 import math
+import os
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from timm_ghn.checkpoints.load import load_ghn
 from timm_ghn.devices import has_bf16
 from timm_ghn.evaluation.accuracy import accuracy, create_model
 from timm_ghn.evaluation.calibration import calibrate
-from timm_ghn.prediction import write
+from timm_ghn.prediction import Prediction, write
 from timm_ghn.predictor import Predictor
 from timm_ghn.training.architectures import SPLITS, architecture
 from timm_ghn.training.data import ImageDataset, load_dataset
@@ -34,6 +35,7 @@ from timm_ghn.training.sampling import measured_cost
 BATCH = 64
 TEST_BATCH = 250
 CALIBRATION = 2  # batches of TEST_BATCH training images that norms take their statistics from, whatever the weights
+TURNS = 5  # that seconds are the medians of
 NOISE = 0.08  # standard deviation of what is added to pixels of 0 to 1, as in arXiv 2110.13100, §4.3
 
 Row = dict[str, Any]
@@ -132,6 +134,7 @@ def prepare_worker(images: Images, ghn: str, device: str) -> None:
     _worker = images, ghn, device
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # a CPU is slow on numbers next to nothing, such as old momenta
+    os.environ["TIMM_GHN_CACHE"] = "0"  # a prediction takes as long as the first one of a network
     load_ghn(ghn, device)  # once, so that it is in no run's time
 
 
@@ -140,21 +143,26 @@ def measure(run: Run) -> Row:
 
     Returns:
         Accuracies in percent on the images that rates are chosen on ("tuning"), on others ("test") and on these with
-        noise ("noisy"); "seconds" of training or prediction; and, of a prediction, "parameters", "macs" (of an image),
-        "ms" (of a batch, on one thread), "nodes" of its graph and its "embedding".
+        noise ("noisy"); "seconds" of training or prediction; and, of a prediction, "step_seconds" of SGD beside it,
+        "parameters", "macs" (of an image), "ms" (of a batch, on one thread), "nodes" of its graph and its "embedding".
     """
     source, ghn, device = _worker
     train, held_out = source.load(device)
     make = functools.partial(build, run.network, train.num_classes, train.image_size)
     torch.manual_seed(0)
-    started = time.perf_counter()
-    if run.steps:
-        model = _trained(arranged(make(), torch.device(device)), run, train)
-    else:
+
+    def predicted() -> tuple[nn.Module, Prediction]:
         model, prediction = Predictor(load_ghn(ghn, device), "predict").build(make)
         write(model, prediction)
-        model.to(device)
-    row: Row = {"seconds": time.perf_counter() - started}
+        return model.to(device), prediction
+
+    if run.steps:
+        started = time.perf_counter()
+        model = _trained(arranged(make(), torch.device(device)), run, train)
+        row: Row = {"seconds": time.perf_counter() - started}
+    else:
+        model, prediction = predicted()
+        row = _side_by_side(predicted, arranged(make(), torch.device(device)), train)
     generator = torch.Generator(device).manual_seed(0)
     calibrate(model, [train.sample(TEST_BATCH, generator)[0] for _ in range(CALIBRATION)])
     tuning, test = held_out_rows(len(held_out), source.images)
@@ -187,9 +195,7 @@ def _trained(model: nn.Module, run: Run, train: ImageDataset) -> nn.Module:
     In bfloat16 where the device is faster with it.
     """
     generator = torch.Generator(train.images.device).manual_seed(0)
-    optimizer = torch.optim.SGD(
-        model.parameters(), run.rate, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True
-    )
+    optimizer = _sgd(model, run.rate)
     schedule = CosineLRScheduler(optimizer, run.steps, warmup_t=run.steps // 20, t_in_epochs=False)
     epochs = itertools.chain.from_iterable(train.batches(BATCH, generator) for _ in itertools.count())
     model.train()
@@ -201,13 +207,28 @@ def _trained(model: nn.Module, run: Run, train: ImageDataset) -> nn.Module:
     return model
 
 
+def _sgd(model: nn.Module, rate: float) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=5e-4, nesterov=True, fused=True)
+
+
+def _side_by_side(predict: Callable[[], object], model: nn.Module, train: ImageDataset) -> Row:
+    """Median seconds of a prediction and of a step of SGD, in turns: both have what else the machine does."""
+    optimizer = _sgd(model.train(), 0.01)
+    images, labels = train.sample(BATCH, torch.Generator(train.images.device).manual_seed(0))
+    bf16 = has_bf16(images.device)
+    work = {"seconds": predict, "step_seconds": lambda: update(model, optimizer, images, labels, bf16)}
+    times = [[_seconds(done, images.is_cuda) for done in work.values()] for _ in range(TURNS + 1)]
+    return dict(zip(work, map(statistics.median, zip(*times[1:], strict=True)), strict=True))  # the first warms up
+
+
 @torch.no_grad()
 def _milliseconds(model: nn.Module, images: Tensor) -> float:
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
-        model(images)
-        if images.is_cuda:
-            torch.cuda.synchronize()
-        times.append(1000 * (time.perf_counter() - started))
-    return statistics.median(times)
+    return 1000 * statistics.median(_seconds(lambda: model(images), images.is_cuda) for _ in range(TURNS))
+
+
+def _seconds(work: Callable[[], object], cuda: bool) -> float:
+    started = time.perf_counter()
+    work()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started

@@ -65,13 +65,14 @@ def test_networks_that_are_trained_for_longer_do_not_move_the_quartiles(monkeypa
     import paper_report
 
     def row(**accuracies: float) -> paper_report.Row:
-        trained = {int(steps[1:]): {"test": value, "seconds": 1.0} for steps, value in accuracies.items()}
-        return {"predicted": {"test": 50.0, "seconds": 1.0}, "sgd": trained}
+        trained = {int(steps[1:]): {"test": value} for steps, value in accuracies.items()}
+        return {"predicted": {"test": 50.0, "seconds": 0.5, "step_seconds": 0.1}, "sgd": trained}
 
     short = [row(_10=20.0, _100=40.0) for _ in range(2)]
     reached = paper_report.against_sgd([*short, row(_10=20.0, _100=45.0, _1000=60.0)], {"classes": 10})
     assert (reached["common"], reached["beyond"], reached["steps"]) == (100, 3, [None] * 3)
     assert paper_report.against_sgd([row(_10=20.0, _100=50.0), *short], {"classes": 10})["beyond"] == 2
+    assert paper_report.against_sgd([row(_10=20.0, _100=50.0)], {"classes": 10})["times"] == [pytest.approx(20)] * 3
 
 
 def test_held_out_tau_of_an_order_and_of_noise(monkeypatch: pytest.MonkeyPatch) -> None:
