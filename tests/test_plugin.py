@@ -231,6 +231,26 @@ def test_arguments_keep_timms_meaning(name: str, kwargs: dict[str, Any], check: 
         assert torch.equal(model.get_parameter(parameter), tensor.to(model.get_parameter(parameter).dtype))
 
 
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("botnet26t_256", {"img_size": 64}),
+        ("coat_tiny", {"img_size": 64}),
+        ("efficientformerv2_s0", {"img_size": 64}),
+        ("gcvit_xxtiny", {"img_size": 64}),
+        ("hiera_tiny_224", {"img_size": 64}),
+        ("levit_128s", {"img_size": 64}),
+        ("visformer_tiny", {"img_size": 64, "in_chans": 1}),
+        ("volo_d1_224", {"img_size": (32, 64)}),
+    ],
+)
+def test_networks_that_are_made_for_one_size_and_do_not_say_which(name: str, kwargs: dict[str, Any]) -> None:
+    model = create_model(name, pretrained_cfg=TAG, num_classes=10, **kwargs).eval()
+    size = kwargs["img_size"] if isinstance(kwargs["img_size"], tuple) else (kwargs["img_size"],) * 2
+    with torch.no_grad():
+        assert model(torch.randn(1, kwargs.get("in_chans", 3), *size)).shape == (1, 10)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_device_cuda() -> None:
     model = create_model(MODEL, pretrained_cfg=TAG, device="cuda")

@@ -38,6 +38,8 @@ def input_candidates(model: nn.Module, input_size: int | Size | None) -> Iterato
         if isinstance(size := getattr(module, "img_size", None), tuple) and len(size) == len(spatial)
     }
     sizes = [*fixed, spatial] if len(fixed) == 1 else [spatial]
+    if stated := getattr(model, "_model_args", {}).get("img_size"):  # timm notes there what create_model was given
+        sizes.insert(0, _checked(stated)[-len(spatial) :])
     seen: set[Size] = set()
     for size in sizes:
         for depth in (channels, *declared[:1], 3):
