@@ -242,11 +242,13 @@ def test_arguments_keep_timms_meaning(name: str, kwargs: dict[str, Any], check: 
         ("levit_128s", {"img_size": 64}),
         ("visformer_tiny", {"img_size": 64, "in_chans": 1}),
         ("volo_d1_224", {"img_size": (32, 64)}),
+        ("tresnet_m", {"in_chans": 1}),
     ],
 )
-def test_networks_that_are_made_for_one_size_and_do_not_say_which(name: str, kwargs: dict[str, Any]) -> None:
+def test_networks_that_do_not_say_what_input_they_take(name: str, kwargs: dict[str, Any]) -> None:
     model = create_model(name, pretrained_cfg=TAG, num_classes=10, **kwargs).eval()
-    size = kwargs["img_size"] if isinstance(kwargs["img_size"], tuple) else (kwargs["img_size"],) * 2
+    size = kwargs.get("img_size", 224)
+    size = size if isinstance(size, tuple) else (size, size)
     with torch.no_grad():
         assert model(torch.randn(1, kwargs.get("in_chans", 3), *size)).shape == (1, 10)
 

@@ -338,8 +338,8 @@ def _build(
         fields = vars(pretrained_cfg) if dataclasses.is_dataclass(pretrained_cfg) else pretrained_cfg
         pretrained_cfg = {**fields, "tag": default and default.tag}
     model = entrypoint(pretrained=False, pretrained_cfg=pretrained_cfg, **kwargs)
-    if "img_size" in kwargs:  # create_model notes this, with the rest, when the model is back
-        model._model_args = {"img_size": kwargs["img_size"]}  # type: ignore[assignment]
+    # What input it takes; create_model notes this, with the rest, when it has the model.
+    vars(model)["_model_args"] = {name: kwargs[name] for name in ("img_size", "in_chans") if name in kwargs}
     label(model, tag, images, has_head)
     if isinstance(cfg := getattr(model, "pretrained_cfg", None), dict):
         cfg.update(kwargs.get("pretrained_cfg_overlay") or {})  # the caller's word is the last

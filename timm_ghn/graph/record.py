@@ -29,6 +29,7 @@ def input_candidates(model: nn.Module, input_size: int | Size | None) -> Iterato
         yield _checked(input_size)
         return
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    stated = getattr(model, "_model_args", {})  # where timm notes what create_model was given
     channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
     declared = tuple(config.get("input_size") or ())
     spatial = declared[1:] or (224, 224)
@@ -38,11 +39,11 @@ def input_candidates(model: nn.Module, input_size: int | Size | None) -> Iterato
         if isinstance(size := getattr(module, "img_size", None), tuple) and len(size) == len(spatial)
     }
     sizes = [*fixed, spatial] if len(fixed) == 1 else [spatial]
-    if stated := getattr(model, "_model_args", {}).get("img_size"):  # timm notes there what create_model was given
-        sizes.insert(0, _checked(stated)[-len(spatial) :])
+    if "img_size" in stated:
+        sizes.insert(0, _checked(stated["img_size"])[-len(spatial) :])
     seen: set[Size] = set()
     for size in sizes:
-        for depth in (channels, *declared[:1], 3):
+        for depth in (stated.get("in_chans", channels), channels, *declared[:1], 3):
             if (candidate := (depth, *size)) not in seen:
                 seen.add(candidate)
                 yield candidate

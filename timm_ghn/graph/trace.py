@@ -26,7 +26,7 @@ def trace(model: nn.Module, input_size: int | Size | None = None, inputs: Any = 
     Args:
         model: Any eager module.
         input_size: Input size without the batch dimension, e.g. ``(3, 224, 224)``, or a side length for RGB images. By
-            default what the model declares (``pretrained_cfg``, ``img_size``), else ``(3, 224, 224)``.
+            default what timm was told (``img_size``, ``in_chans``) or the model declares, else ``(3, 224, 224)``.
         inputs: What the forward pass takes, for models that one image cannot drive: a tensor, a tuple or list of its
             positional arguments, or a dictionary of its keyword arguments, with the batch dimension. Only the shapes of
             tensors are used, and whether they are floating-point.
