@@ -1,4 +1,4 @@
-"""The hook in timm: the only file that touches timm's private names.
+"""The hook in timm: the only file that touches timm's private names, but for the arguments that tracing reads.
 
 `create_model` itself is left alone, because code that imported it earlier holds the function. What is replaced are
 names that timm's functions look up in their own modules when they run, and only calls that name a GHN's tag are
