@@ -75,7 +75,7 @@ def command_parser() -> argparse.ArgumentParser:
         formatter_class=Help,
     )  # fmt: skip
     parser.add_argument(
-        "--print-completion", choices=_SHELLS, action=_PrintCompletion, metavar="SHELL",
+        "--print-completion", choices=_SHELLS, action=_PrintCompletion, metavar="SHELL", default=argparse.SUPPRESS,
         help=f"print what makes a shell complete this command line: {', '.join(_SHELLS)}",
     )  # fmt: skip
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=_CommandParser)

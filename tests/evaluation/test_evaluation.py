@@ -311,6 +311,7 @@ def test_the_command(
     assert [row["name"] for row in results["architectures"]] == ["test_resnet", "test_vit"]
     assert all(row["error"] is None for row in results["architectures"])
     assert results["arguments"]["names"] == ["test_resnet", "test_vit"]
+    assert "print_completion" not in results["arguments"]
     assert main([*arguments, "--families", "vit_patch4, levit", "--architectures", "3"]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert {row["name"].split()[1] for row in results["architectures"]} <= {"vit_patch4", "levit"}
