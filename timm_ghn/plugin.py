@@ -339,7 +339,8 @@ def _build(
         pretrained_cfg = {**fields, "tag": default and default.tag}
     model = entrypoint(pretrained=False, pretrained_cfg=pretrained_cfg, **kwargs)
     # What input it takes; create_model notes this, with the rest, when it has the model.
-    vars(model)["_model_args"] = {name: kwargs[name] for name in ("img_size", "in_chans") if name in kwargs}
+    if told := {name: kwargs[name] for name in ("img_size", "in_chans") if name in kwargs}:
+        vars(model)["_model_args"] = {**getattr(model, "_model_args", {}), **told}
     label(model, tag, images, has_head)
     if isinstance(cfg := getattr(model, "pretrained_cfg", None), dict):
         cfg.update(kwargs.get("pretrained_cfg_overlay") or {})  # the caller's word is the last
