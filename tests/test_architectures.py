@@ -103,6 +103,7 @@ PINNED_FAMILIES = {
     "swiftformer": "e6913aa592fdbd9e",
     "efficientvit": "867b17047b1e98dc",
     "mvit": "7edf671a2ef378aa",
+    "tnt": "826663bd25e8077f",
 }
 
 

@@ -9,6 +9,7 @@ from timm.models.efficientvit_mit import EfficientVit
 from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
 from timm.models.pit import PoolingVisionTransformer
 from timm.models.swiftformer import SwiftFormer
+from timm.models.tnt import TNT
 from timm.models.twins import Twins
 from torch import nn
 
@@ -144,6 +145,21 @@ def _build_mvit(config: Config, num_classes: int, in_chans: int, image_size: int
     return MultiScaleVit(cfg, (image_size, image_size), in_chans, num_classes=num_classes)
 
 
+def _sample_tnt(draw: Draw) -> Config:
+    head = draw.choice((16, 32, 32, 64))
+    heads = draw.between(1, max(1, 192 // head))
+    stride = draw.choice((2, 4))
+    return {
+        "patch_size": stride * draw.choice((2, 4)),
+        "first_stride": stride,
+        "embed_dim": head * heads,
+        "inner_dim": draw.choice((12, 16, 24)),
+        "depth": draw.between(2, 8),
+        "num_heads_outer": heads,
+        "legacy": draw.chance(0.2),
+    }
+
+
 FAMILIES = (
     Family("davit", 3, _sample_davit, built_by(DaVit)),
     Family("twins", 3, _sample_twins, built_by(Twins, sized=True), fixed_size=True),
@@ -153,4 +169,5 @@ FAMILIES = (
     Family("swiftformer", 3, _sample_swiftformer, built_by(SwiftFormer)),
     Family("efficientvit", 3, _sample_efficientvit, built_by(EfficientVit)),
     Family("mvit", 3, _sample_mvit, _build_mvit, fixed_size=True),
+    Family("tnt", 3, _sample_tnt, built_by(TNT, sized=True), fixed_size=True),
 )
