@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 
-from timm_ghn import GHN, GHNConfig, embed, initialize, load_ghn, trace
+from timm_ghn import GHN, GHNConfig, demo, embed, initialize, load_ghn, trace
 from timm_ghn.cli import main
 from timm_ghn.training.config import TrainConfig
 from timm_ghn.training.data import ImageDataset
@@ -111,6 +111,25 @@ def test_going_on_with_one_of_them(joined: GHN, parts: dict[str | None, GHN]) ->
         assert all(torch.equal(tensor, ghn.state_dict()[name]) for name, tensor in alone.state_dict().items())
     with pytest.raises(ValueError, match="no expert for 'vision'; it has attention, depthwise, layer_norm"):
         joined.alone("vision")
+
+
+def test_training_one_tells_of_networks_of_other_kinds(
+    parts: dict[str | None, GHN], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = {kind: tmp_path / f"{kind}.safetensors" for kind in parts}
+    experts = [f"{kind}={file}" for kind, file in files.items() if kind]
+    assert main(["join", str(files[None]), *experts, "-o", str(tmp_path / "joined")]) == 0
+    train = [
+        "train", "--data", str(demo.IMAGES), "--holdout", "20", "--init", str(tmp_path / "joined"),
+        "--expert", "layer_norm", "--steps", "1", "--meta-batch", "1", "--batch-size", "4", "--workers", "0",
+        "--val-architectures", "4", "--val-images", "4",
+    ]  # fmt: skip
+    for families, told in (("convnext,vit", True), ("convnext", False)):
+        caplog.clear()
+        run = ["-o", str(tmp_path / families), "--architectures", f"timm:{families}:2e6"]
+        assert main([*train, *run]) == 0
+        assert ("networks to validate on are not for the expert layer_norm" in caplog.text) is told
+        assert ("vit (attention); leave such out" in caplog.text) is told
 
 
 def test_what_does_not_fit_is_refused(

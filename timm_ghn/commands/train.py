@@ -12,7 +12,8 @@ import argparse
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..training.config import TrainConfig
+    from ..training.trainer import Trainer
 
 logger = logging.getLogger("timm_ghn.training")
 
@@ -174,6 +176,7 @@ def run(args: argparse.Namespace) -> None:
         logging.getLogger("timm_ghn").setLevel(logging.INFO if first else logging.ERROR)
         data, validation = ([load_data(args, split, source) for source in args.data] for split in ("train", "val"))
         init = load_ghn(args.init) if args.init else None
+        experts = init.config.experts if init is not None else ()
         if init is not None and args.expert is not None:
             try:
                 init = init.alone(None if args.expert == "general" else args.expert)
@@ -193,12 +196,27 @@ def run(args: argparse.Namespace) -> None:
             config, data, validation, args.output, device=device, workers=args.workers, init=init, resume=args.resume,
             cooldown_from=None if args.resume else args.cooldown_from, teacher=teacher,
         )  # fmt: skip
+        if args.expert is not None:
+            _warn_of_other_kinds(trainer, args.expert, experts)
         result = trainer.run(args.minutes)
         logger.info(
             "%d steps: validation %.2f %%; the best so far is in %s", trainer.step, result["val_mean"], args.output
         )
         if args.json and first:
             print_json({"output": args.output, "steps": trainer.step, **result})
+
+
+def _warn_of_other_kinds(trainer: Trainer, expert: str, experts: Sequence[str]) -> None:
+    """An expert that learns from networks that others will predict learns for nothing."""
+    from ..hypernet.experts import kind_of
+
+    kinds = [(family, kind_of(graph, experts) or "general") for family, graph in trainer.validation_graphs]
+    others = Counter(f"{family} ({kind})" for family, kind in kinds if kind != expert)
+    if others:
+        logger.warning(
+            "%d of the %d networks to validate on are not for the expert %s: %s; leave such out of --architectures",
+            others.total(), len(kinds), expert, ", ".join(f"{count} {name}" for name, count in others.most_common()),
+        )  # fmt: skip
 
 
 def _config(

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor, nn
 
+from timm_ghn.graph import ComputationGraph
 from timm_ghn.hypernet import GHN, GHNConfig
 from timm_ghn.training.checkpoint import TrainingError, export, has_checkpoint, load_checkpoint, save_checkpoint
 from timm_ghn.training.config import TrainConfig
@@ -387,6 +388,11 @@ class Trainer:
                 self._val_tasks[index] = Task(prepared, config.ghn.num_classes, size, self.device, headless)
         except ValueError as error:
             raise TrainingError(f"The mixture of architectures cannot be drawn from: {error}") from error
+
+    @property
+    def validation_graphs(self) -> list[tuple[str, ComputationGraph]]:
+        """Families and graphs of this process's validation networks."""
+        return [(task.architecture.family, task.graph) for task in self._val_tasks.values()]
 
     # ---- what is kept -----------------------------------------------------------------------------------------------
 
