@@ -14,8 +14,9 @@ catch-up    Whether random weights catch up in --steps steps of training: both s
             best (random_vs_ghn.py).
 dense       Segmentation with a predicted backbone (dense.py).
 
-In "sgd" and "ranking", SGD has momentum 0.9, batches of 64, a cosine schedule for each length, and the best of three
-learning rates: all are tried at each length up to 1/3 of an epoch, and longer runs have the one that is best there.
+In "sgd" and "ranking", SGD has momentum 0.9, batches of 64, a cosine schedule for each length, and a learning rate of its
+own: at each length up to 1/3 of an epoch three are tried, and further ones beyond the best as long as it is the lowest or
+the highest; longer runs have the one that is best at 1/3.
 Rates are chosen on other images than accuracies are reported on; norms take their statistics from training images
 before every measurement, whatever the weights. SGD computes in bfloat16 where the device is faster with it.
 
@@ -59,7 +60,8 @@ from timm_ghn.evaluation.accuracy import ZOO
 from timm_ghn.workers import process_pool
 
 SECTIONS = ("sgd", "ranking", "properties", "transfer", "catch-up", "dense")
-RATES = (0.01, 0.03, 0.1)
+RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+FIRST_RATES = slice(2, 5)  # that are tried in any case
 EPOCHS = (0.1, 1 / 3, 1.0, 5.0)
 LONG_NETWORKS = 2  # of each group, that are trained for the longest time in "sgd"; all are in "ranking"
 RANKED_MACS = 6_000_000
@@ -114,17 +116,28 @@ class Bench:
         try:
             predicted = self._run(Run(case.network))
             trained: dict[int, Row] = {}
-            rates: tuple[float, ...] = RATES
+            best = math.nan
             for epochs in case.epochs:
                 steps = max(1, round(epochs * self.epoch))
-                found = {rate: self._run(Run(case.network, steps, rate)) for rate in rates}
-                best = max(found, key=lambda rate: found[rate]["tuning"])
-                trained[steps] = {**found[best], "rate": best}
-                if epochs >= EPOCHS[1]:
-                    rates = (best,)
+                if epochs <= EPOCHS[1]:
+                    best = self._best_rate(case.network, steps)
+                trained[steps] = {**self._run(Run(case.network, steps, best)), "rate": best}
         except Stopped:
             return None
         return {"group": case.group, "network": case.network, "predicted": predicted, "sgd": trained}
+
+    def _best_rate(self, network: str, steps: int) -> float:
+        """Where the rates on both sides are worse, as far as there are any."""
+        low, high, _ = FIRST_RATES.indices(len(RATES))
+        while True:
+            found = [self._run(Run(network, steps, rate))["tuning"] for rate in RATES[low:high]]
+            best = low + found.index(max(found))
+            if best == low > 0:
+                low -= 1
+            elif best == high - 1 < len(RATES) - 1:
+                high += 1
+            else:
+                return RATES[best]
 
     def _run(self, run: Run) -> Row:
         if (row := self.store.get(run)) is not None:

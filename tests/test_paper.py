@@ -24,6 +24,7 @@ def test_every_section_is_measured_once(
     monkeypatch.setattr(paper, "RANKED", ["test_efficientnet", "test_byobnet", "timm:test:8:6000000"])
     monkeypatch.setattr(paper, "GROUPS", {"real": [small], "deepnets test": ["deepnets:test:4"]})
     monkeypatch.setattr(paper, "RATES", (0.01, 0.1))
+    monkeypatch.setattr(paper, "FIRST_RATES", slice(0, 1))
     monkeypatch.setattr(paper, "LONG_NETWORKS", 0)
     monkeypatch.setattr(paper, "FINETUNE", 2)
     monkeypatch.setattr("dense.main", lambda _: [["model"], [small]])  # has a test of its own
