@@ -67,6 +67,24 @@ def test_calibrate_again_forgets_the_first_time(batches: Batches) -> None:
     assert torch.equal(model[5].running_var, once)
 
 
+def test_a_small_last_batch_counts_for_as_many_images_as_it_has(batches: Batches) -> None:
+    model = network()
+    images = torch.cat([x for x, _ in batches])
+    calibrate(model, images.split(46))
+    torch.testing.assert_close(model[1].running_mean, model[0](images).mean((0, 2, 3)).detach())
+
+
+def test_a_batch_of_one_image_tells_nothing_where_it_is_one_value(batches: Batches) -> None:
+    model: Any = nn.Sequential(network()[:2], nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(8), nn.Flatten())
+    images = torch.cat([x for x, _ in batches])
+    calibrate(model, [images[:16], images[16:17]])
+    assert model[2].num_batches_tracked == 1 and model[0][1].num_batches_tracked == 2
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"^2 sees one value of each channel in every batch; give more images in one"):
+        calibrate(model, images.split(1))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_calibrate_leaves_models_without_batch_norms_alone() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.BatchNorm2d(4, track_running_stats=False))
     assert calibrate(model, []) is model

@@ -23,9 +23,10 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor | tuple[Tensor, Tensor]
     """Gives norms with running statistics those of data; predicted weights come without.
 
     Batch norms, instance norms and timm's EvoNorms keep them. A running mean and variance become the average over the
-    batches, each normalised by its own, deeper layers seeing what shallower ones make of it. Weights, modes and
-    everything else stay as they are. A batch norm without running statistics normalises each batch by its own in
-    evaluation too; there is nothing to calibrate, and a warning says so.
+    batches, by their sizes, each normalised by its own, deeper layers seeing what shallower ones make of it. A batch in
+    which a norm sees a single value of each channel tells it nothing; the norm then uses what others have told it.
+    Weights, modes and everything else stay as they are. A batch norm without running statistics normalises each batch
+    by its own in evaluation too; there is nothing to calibrate, and a warning says so.
 
     Args:
         model: Any module; one without such norms is left alone.
@@ -35,8 +36,8 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor | tuple[Tensor, Tensor]
         The model.
 
     Raises:
-        ValueError: If there are no batches, one is empty or not finite, or a statistic comes out not finite; the model
-            is then as it was.
+        ValueError: If there are no batches, one is empty or not finite, all are too small for a norm, or a statistic
+            comes out not finite; the model is then as it was.
     """
     norms = {name: module for name, module in model.named_modules() if has_statistics(module)}
     without = [
@@ -51,19 +52,25 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor | tuple[Tensor, Tensor]
         return model
     momenta = {norm: norm.momentum for norm in norms.values()}
     before = {norm: {name: buffer.clone() for name, buffer in norm.named_buffers()} for norm in norms.values()}
-    calls = dict.fromkeys(norms.values(), 0)
+    values = dict.fromkeys(norms.values(), 0)  # of a channel, that each has seen
+    starved = set()
 
-    def average(norm: Any, _: object) -> None:
-        calls[norm] += 1
-        norm.momentum = 1 / calls[norm]  # the average over all calls so far
+    def average(norm: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        (entering, *_) = (*args, *kwargs.values())
+        count = entering.numel() // entering.shape[1]
+        norm.training = count > 1
+        if count > 1:
+            values[norm] += count
+            norm.momentum = count / values[norm]  # the average over all values so far
+        else:
+            starved.add(norm)
 
-    hooks = [norm.register_forward_pre_hook(average) for norm in calls]
+    hooks = [norm.register_forward_pre_hook(average, with_kwargs=True) for norm in values]
     measured: set[nn.Module] = set()
     try:
         with modes_kept(model), torch.no_grad():
             model.eval()
-            for norm in calls:
-                norm.training = True
+            for norm in values:
                 for name, value in START.items():
                     if name in before[norm]:
                         norm.get_buffer(name).fill_(value)
@@ -76,13 +83,15 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor | tuple[Tensor, Tensor]
         if not seen:
             raise ValueError("There are no batches to calibrate with; give at least one.")
         for name, norm in norms.items():
+            if norm in starved and not values[norm]:
+                raise ValueError(f"{name} sees one value of each channel in every batch; give more images in one.")
             if not all(norm.get_buffer(key).isfinite().all() for key in START if key in before[norm]):
                 raise ValueError(f"The statistics of {name} are not finite: its input for these images is too large.")
-        measured = {norm for norm in calls if calls[norm]}
+        measured = {norm for norm in values if values[norm]}
     finally:
         for hook in hooks:
             hook.remove()
-        for norm in calls:
+        for norm in values:
             norm.momentum = momenta[norm]
             for name, value in before[norm].items() if norm not in measured else ():
                 norm.get_buffer(name).copy_(value)
