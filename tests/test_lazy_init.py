@@ -155,6 +155,14 @@ def test_a_tensor_that_shares_memory_is_not_forgotten() -> None:
     assert whole.tolist() == [1.0] * 4 and alone.tolist() == [0.0] * 4
 
 
+def test_a_tensor_that_is_given_other_data_keeps_it() -> None:
+    with DeferredFills() as fills:
+        layer = nn.Linear(3, 3)
+        layer.weight.data = torch.eye(3)
+    fills.run()
+    assert torch.equal(layer.weight, torch.eye(3))
+
+
 # When something goes wrong
 
 

@@ -33,7 +33,7 @@ _CHANGES = frozenset({
 })  # fmt: skip
 # What may be done without a look at a tensor's values; everything else counts as one.
 _BLIND = frozenset({
-    "__get__", "__set__", "size", "dim", "numel", "stride", "element_size", "is_contiguous", "is_floating_point",
+    "__get__", "size", "dim", "numel", "stride", "element_size", "is_contiguous", "is_floating_point",
     "requires_grad_", "untyped_storage", "view", "detach", "narrow", "chunk", "unbind", "unsqueeze", "transpose", "t",
     "_set_grad_enabled", "empty", "zeros", "ones",
 })  # fmt: skip
