@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -40,6 +41,15 @@ def penalised(rows: Tensor, labels: Tensor, classes: int, ridge: float, bias: bo
     target = torch.cat((wanted, torch.zeros(rows.shape[1], classes, dtype=torch.float64)))
     solution = torch.linalg.lstsq(torch.cat((design, penalty)), target, driver="gelsd").solution.T
     return (solution[:, :-1], solution[:, -1]) if bias else (solution, torch.zeros(classes, dtype=torch.float64))
+
+
+def test_a_frozen_model_gets_the_same_classifier() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=4)
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    batches = images(64, 4)
+    assert adapt(frozen, batches) == adapt(model, batches)
+    assert torch.equal(frozen.fc.weight, model.fc.weight) and not frozen.fc.weight.requires_grad
 
 
 @settings(max_examples=60, deadline=None)

@@ -42,6 +42,11 @@ def test_names_modules_and_graphs_are_the_same(ghn_file: Path) -> None:
         embed(["no_such_model"], str(ghn_file))
 
 
+def test_a_frozen_network_is_the_same_architecture(ghn_file: Path) -> None:
+    model = timm.create_model("test_resnet").requires_grad_(False)
+    assert torch.equal(embed(model, ghn_file), embed("test_resnet", ghn_file))
+
+
 def test_older_regnets_that_are_not_made_on_meta(ghn_file: Path) -> None:
     assert embed(["regnetx_002"], str(ghn_file)).isfinite().all()
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph import trace
+from ..graph.meta_copy import meta_copy
 from .batches import check_labels, described, images_and_labels
 from .calibration import START, calibrate, device_of, has_statistics, modes_kept
 
@@ -168,7 +169,7 @@ class _Layer:
 
 def _classifiers(model: nn.Module, input_size: torch.Size) -> list[_Layer]:
     """The layers whose outputs are the logits, as the model's graph has them."""
-    owners = [name.rpartition(".")[0] for name in trace(model, tuple(input_size)).head]
+    owners = [name.rpartition(".")[0] for name in trace(meta_copy(model), tuple(input_size)).head]  # frozen ones too
     modules = [model.get_submodule(name) for name in dict.fromkeys(owners)]
     for module in modules:
         pointwise = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..checkpoints.load import load_ghn
 from ..errors import TraceError
 from ..graph import ComputationGraph, trace
+from ..graph.meta_copy import meta_copy
 from ..hypernet import GHN
 from ..lazy_init import on_meta
 from ..plan import make_plan
@@ -62,7 +63,7 @@ def architecture_graph(model: str | nn.Module) -> ComputationGraph:
         TraceError: If it cannot be made or traced.
     """
     if isinstance(model, nn.Module):
-        return trace(model)
+        return trace(meta_copy(model))  # of which nothing is frozen: that has no node otherwise
     try:
         skeleton = on_meta(partial(timm.create_model, model))
     except Exception as error:  # whatever a model's code raises
