@@ -186,6 +186,14 @@ def test_a_ghn_that_is_loaded_meanwhile_is_whole(state: str, ghn_file: Path, tmp
     assert not any(tensor.is_inference() for tensor in ghn.parameters())
 
 
+def test_a_precision_of_products_that_is_inherited_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    backends: Any = torch.backends
+    monkeypatch.setattr(backends, "fp32_precision", "tf32")
+    predict(timm.create_model("test_resnet", num_classes=10))
+    backends.fp32_precision = "ieee"
+    assert backends.cuda.matmul.fp32_precision == backends.mkldnn.matmul.fp32_precision == "ieee"
+
+
 def test_a_model_of_another_precision() -> None:
     """Its buffers too: Swin's masks are added to what its weights make."""
     model = timm.create_model("swin_tiny_patch4_window7_224")

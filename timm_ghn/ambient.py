@@ -46,8 +46,10 @@ def plain_torch() -> Iterator[None]:
             stack.callback(torch.set_default_dtype, dtype)
         for products in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):  # type: ignore[attr-defined]
             if (precision := products.fp32_precision) not in ("none", "ieee"):
+                products.fp32_precision = "none"
+                inherited = products.fp32_precision == precision  # from a wider setting, as it is to be again
                 products.fp32_precision = "ieee"
-                stack.callback(setattr, products, "fp32_precision", precision)
+                stack.callback(setattr, products, "fp32_precision", "none" if inherited else precision)
         yield
 
 
