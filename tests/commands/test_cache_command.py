@@ -28,12 +28,14 @@ def test_what_was_computed_is_removed_and_nothing_else(
     for name in (*files, "../hub/blob"):
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / name).write_bytes(b"12345")
+    (home / "kernels" / ".unfinished-killed").mkdir()
+    (home / "kernels" / ".unfinished-killed" / "gated_gnn.c").touch()
     capsys.readouterr()
     assert main(["cache", "--json"]) == 0
     kept = {row["what"]: row for row in json.loads(capsys.readouterr().out)["kept"]}
     assert kept["graphs"]["bytes"] == 5 and kept["graphs"]["where"] == str(home / "graphs")
     assert kept["ghn3_tm8, converted"]["files"] == 2 and kept["data sets"]["files"] == 1
-    assert kept["graph layer, compiled"]["files"] == 1
+    assert kept["graph layer, compiled"]["bytes"] == 5
     assert main(["cache", "--clear", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["removed_bytes"] == 15

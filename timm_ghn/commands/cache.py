@@ -31,6 +31,7 @@ def run(args: argparse.Namespace) -> None:
 
     from ..checkpoints.catalog import CATALOG
     from ..checkpoints.source import RECORD_NAME, converted_folder
+    from ..files import remove_unfinished
     from ..graph import cache
     from ..ops import native
     from ..training.data import default_root
@@ -42,10 +43,13 @@ def run(args: argparse.Namespace) -> None:
         if pin.format == "joblib"
     ]  # fmt: skip
     removed = 0
-    for file in (file for _, folder in made for file in folder.glob("*") if args.clear and file.name != RECORD_NAME):
-        with contextlib.suppress(FileNotFoundError):  # another process may be removing old graphs
-            removed += file.stat().st_size
-            file.unlink()
+    for _, folder in made if args.clear else ():
+        remove_unfinished(folder)
+        for file in folder.glob("*"):
+            if file.name != RECORD_NAME:
+                with contextlib.suppress(FileNotFoundError):  # another process may be removing old graphs
+                    removed += file.stat().st_size
+                    file.unlink()
     rows = [_row(what, folder) for what, folder in [*made, ("data sets", default_root())]]
     if args.json:
         print_json({"kept": rows, "removed_bytes": removed})
