@@ -12,7 +12,7 @@ from torch import nn
 
 from .ambient import plain_torch
 from .errors import GHNError
-from .files import whole_file
+from .files import whole_files
 from .hypernet import Images
 from .prediction import Report, write_files
 from .predictor import Predictor
@@ -54,16 +54,16 @@ def export(
         raise GHNError(f"{present[0]} exists: give a directory without weights.")
     model, prediction = predictor.build(lambda: timm.create_model(name, num_classes=num_classes))
     label(model, tag, predictor.ghn.config.images, predictor.head != "keep")
-    files = write_files(model, prediction, directory, dtype, max_shard_size)
-    save_config(model, directory / "config.json")
-    return prediction.report, files
+    with whole_files(directory) as part:
+        files = write_files(model, prediction, part, dtype, max_shard_size)
+        save_config(model, part / "config.json")
+    return prediction.report, [directory / file.name for file in files]
 
 
 def save_weights(model: nn.Module, file: Path) -> None:
     """Writes a model's weights as one safetensors file, in a folder that is made where there is none."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(file) as part:
-        save_model(model, str(part))
+    with whole_files(file.parent) as part:
+        save_model(model, str(part / file.name))
 
 
 def save_classifier(model: nn.Module, file: Path, tag: str, images: Images) -> Path:
@@ -81,7 +81,7 @@ def save_classifier(model: nn.Module, file: Path, tag: str, images: Images) -> P
     label(model, tag, images, has_head=True)
     cfg: Any = model.pretrained_cfg
     cfg["input_size"] = images.input_size
-    save_weights(model, file)
-    config = file.with_name("config.json")
-    save_config(model, config)
-    return config
+    with whole_files(file.parent) as part:
+        save_model(model, str(part / file.name))
+        save_config(model, part / "config.json")
+    return file.with_name("config.json")

@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensor
 from . import derived
 from .ambient import plain_torch
 from .errors import GHNError, PredictionError
-from .files import safetensors_header, whole_file
+from .files import safetensors_header
 from .graph import ComputationGraph
 from .tiling import tile_into
 
@@ -90,6 +90,9 @@ class Prediction(Mapping[str, torch.Tensor]):
         whole = self.tiles[name].new_empty(self.shapes[name])
         tile_into(whole, self.tiles[name])
         return whole
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.tiles  # without making the tensor, as Mapping does
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tiles)
@@ -198,7 +201,7 @@ def write_files(
     Args:
         model: What the prediction was made for. Its predicted parameters are not looked at.
         prediction: The prediction.
-        directory: Where ``model.safetensors`` goes, or the shards and their index.
+        directory: An empty one, for ``model.safetensors``, or the shards and their index.
         dtype: Of everything that is floating point.
         max_shard_size: Bytes of tensors in a file, unless a single tensor has more; one file if None.
 
@@ -213,10 +216,9 @@ def write_files(
     state = model.state_dict(keep_vars=True)
     entries = {key: _Entry(key, tensor.detach(), dtype, tiles.get(id(tensor))) for key, tensor in state.items()}
 
-    directory.mkdir(parents=True, exist_ok=True)
     total, free = sum(entry.bytes for entry in entries.values()), shutil.disk_usage(directory).free
     if total > free:
-        raise GHNError(f"The model takes {total:,} bytes, and {directory} has room for {free:,}.")
+        raise GHNError(f"The model takes {total:,} bytes, and the disk has room for {free:,}.")
     shards = huggingface_hub.split_state_dict_into_shards_factory(
         entries,
         get_storage_size=lambda entry: entry.bytes,
@@ -225,12 +227,10 @@ def write_files(
     )
     files = [directory / name for name in shards.filename_to_tensors]
     for file in files:
-        with whole_file(file) as part:
-            _write_safetensors(part, [entries[name] for name in shards.filename_to_tensors[file.name]])
+        _write_safetensors(file, [entries[name] for name in shards.filename_to_tensors[file.name]])
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        with whole_file(directory / "model.safetensors.index.json") as part:
-            part.write_text(json.dumps(index, indent=2))
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     prediction.report.seconds["write"] = time.perf_counter() - started
     return files
 
