@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from graph_layer import machine
-from random_vs_ghn import few_shot
+from random_vs_ghn import few_shot, hash_of
 from rich.console import Console
 from rich.table import Table
 from timm.scheduler import CosineLRScheduler
@@ -97,9 +97,10 @@ def main() -> None:
     test = load_dataset(arguments.data, "val").first(arguments.images)
 
     rows: list[dict[str, Any]] = json.loads(file.read_text())["runs"] if file.exists() else []
+    hashes = {start: None if start == "random" else hash_of("ghn2") for start in arguments.starts}
     wanted = [
-        {"model": model, "start": start, "rate": rate, "warmup": warmup, "epochs": arguments.epochs,
-         "images": arguments.images}
+        {"model": model, "start": start, "ghn": hashes[start], "rate": rate, "warmup": warmup,
+         "epochs": arguments.epochs, "images": arguments.images}
         for model in arguments.models for rate in arguments.rates for warmup in arguments.warmups
         for start in arguments.starts
     ]  # fmt: skip
@@ -116,7 +117,7 @@ def main() -> None:
             for warmup in arguments.warmups:
                 cells, before = [], math.nan
                 for rate in arguments.rates:
-                    wanted_row = {"model": model, "start": start, "rate": rate, "warmup": warmup}
+                    wanted_row = {"model": model, "start": start, "ghn": hashes[start], "rate": rate, "warmup": warmup}
                     curve = next(r["top1"] for r in rows if wanted_row.items() <= r.items())
                     before = curve[0]
                     cells.append(f"{min(curve[1:], default=math.nan):.1f} → {curve[-1]:.1f}")

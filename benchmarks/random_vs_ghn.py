@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import itertools
 import json
 import math
@@ -204,14 +203,11 @@ def chosen_sections(parser: argparse.ArgumentParser, arguments: argparse.Namespa
 
 
 def hash_of(ghn: str) -> str:
-    """Of a published checkpoint, that of its file; of any other, that of its tensors."""
+    """Of a published checkpoint, that of its file; of any other, its fingerprint."""
     pin = CATALOG.published.get(ghn)
     if pin is not None and pin.sha256 is not None:
         return pin.sha256
-    digest = hashlib.sha256()
-    for name, tensor in sorted(timm_ghn.load_ghn(ghn).state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()
+    return timm_ghn.load_ghn(ghn).fingerprint()
 
 
 def without_pretrained(models: Iterable[str]) -> dict[str, str]:

@@ -23,6 +23,7 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "20000")
 
 import torch
 from graph_layer import machine
+from random_vs_ghn import hash_of
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -110,6 +111,7 @@ def main() -> None:
     share = {"source": "timm", "families": families("timm", arguments.tier), "max_macs": int(arguments.max_macs)}
     common = {"architectures": [share], "val_architectures": 48, "val_images": 500, "uses": 6}
     told = {name: getattr(arguments, name) for name in ("seconds", "max_macs", "tier", "init")}
+    told["sha256"] = hash_of(arguments.init) if arguments.init else None
     init = load_ghn(arguments.init) if arguments.init else None
     start = init.config.to_dict() if init else {"num_classes": train.num_classes, "branch_scale": 1.0}
     rows: list[dict[str, Any]] = json.loads(file.read_text())["trials"] if file.exists() else []

@@ -220,3 +220,5 @@ def test_the_published_layout_round_trips(tmp_path: Path, ghn: GHN) -> None:
     assert restored.config == ghn.config
     assert restored is not ghn
     assert all(torch.equal(value, restored.state_dict()[name]) for name, value in ghn.state_dict().items())
+    with pytest.raises(TypeError, match="takes no token, device: downloads go by huggingface_hub's settings"):
+        GHN.from_pretrained(tmp_path, token="secret", device="cuda")

@@ -82,6 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measures one network after the other and sums up."""
+    import timm
     import torch
     from rich.console import Console
     from rich.progress import track
@@ -120,10 +121,8 @@ def run(args: argparse.Namespace) -> None:
     for seed, (name, build) in enumerate(track(builders.items(), "measuring", console=Console(stderr=True))):
         sample = partial(train.sample, 64, generator) if args.sgd_steps else None
         build = seeded(build, seed, args.device)
-        results.append(
-            measure(name, build, ghn, calibration, test, random=True, sample=sample, sgd_steps=args.sgd_steps)
-        )
-    _report(args, results)
+        results.append(measure(name, build, ghn, calibration, test, sample=sample, sgd_steps=args.sgd_steps))
+    _report(args, {"ghn": ghn.fingerprint(), "timm": timm.__version__, "torch": torch.__version__}, results)
 
 
 def _builders(
@@ -143,7 +142,7 @@ def _builders(
     return builders
 
 
-def _report(args: argparse.Namespace, results: list[Measured]) -> None:
+def _report(args: argparse.Namespace, setting: dict[str, str], results: list[Measured]) -> None:
     """Tables on the terminal, a JSON file and a picture in the directory."""
     from rich.console import Console
     from rich.markup import escape
@@ -171,7 +170,8 @@ def _report(args: argparse.Namespace, results: list[Measured]) -> None:
             table.add_row(label, f"{summary.mean:.2%}", error, bounds, str(summary.count))
     kinds = (str, int, list, type(None))
     told = {name: value for name, value in vars(args).items() if isinstance(value, kinds) and name != "json"}
-    everything = {"arguments": told, "summary": summaries, "architectures": [asdict(result) for result in results]}
+    rows = [asdict(result) for result in results]
+    everything = {"arguments": told, "setting": setting, "summary": summaries, "architectures": rows}
     args.output.mkdir(parents=True, exist_ok=True)
     with whole_file(args.output / "results.json") as part:
         part.write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")

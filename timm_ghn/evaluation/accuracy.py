@@ -141,12 +141,10 @@ def measure(
     calibration: Batches,
     test: Batches,
     *,
-    random: bool = False,
     sample: Callable[[], tuple[Tensor, Tensor]] | None = None,
     sgd_steps: int = 0,
-    input_size: tuple[int, ...] | None = None,
 ) -> Measured:
-    """Accuracy of one architecture with predicted weights, and with others if asked for.
+    """Accuracy of one architecture with random and with predicted weights, and after steps of SGD if asked for.
 
     Args:
         name: How to call it.
@@ -154,10 +152,8 @@ def measure(
         ghn: Predicts.
         calibration: Batches for `calibrate`, before each measurement.
         test: Batches for `accuracy`; like those for `calibrate`, gone through several times.
-        random: Measure the random weights too.
         sample: Makes a training batch for `sgd`.
         sgd_steps: Measure after so many steps of SGD from the random weights too.
-        input_size: For `initialize`.
 
     Returns:
         The accuracies, or, if the architecture cannot be built, traced or run on these images, the error.
@@ -166,9 +162,8 @@ def measure(
     with failures_noted(result):
         model = build()
         result.parameters = sum(parameter.numel() for parameter in model.parameters())
-        if random:
-            result.accuracy["random"] = accuracy(calibrate(model, calibration), test)
-        report = initialize(model, ghn, input_size=input_size)
+        result.accuracy["random"] = accuracy(calibrate(model, calibration), test)
+        report = initialize(model, ghn)
         result.predicted_fraction = report.predicted_fraction
         result.accuracy["predicted"] = accuracy(calibrate(model, calibration), test)
         if sgd_steps and sample is not None:
@@ -177,11 +172,13 @@ def measure(
     return result
 
 
-def create_model(name: str, num_classes: int, image_size: int, **options: Any) -> nn.Module:
-    """A timm model for images of a size; those with a table of positions are told the size.
+def create_model(name: str, num_classes: int, image_size: int | tuple[int, ...], **options: Any) -> nn.Module:
+    """A timm model for images of a size, a side or (height, width); those with a table of positions are told the size.
 
     Its weights are random unless the `options`, which are timm's, say otherwise.
     """
+    if not isinstance(image_size, int) and len(set(image_size)) == 1:
+        (image_size,) = set(image_size)  # some models take nothing else
     model: nn.Module
     try:
         model = timm.create_model(name, num_classes=num_classes, img_size=image_size, **options)

@@ -5,9 +5,7 @@ With images, each model is also made and run on two of them.
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
-import hashlib
 import json
 import platform
 import statistics
@@ -139,7 +137,7 @@ def sweep(
         images: A data set, as for `load_dataset`; models are then run on two of its images.
     """
     ghn = load_ghn(source)
-    setting = {"ghn": _fingerprint(ghn), "timm": timm.__version__, "torch": torch.__version__, "images": images}
+    setting = {"ghn": ghn.fingerprint(), "timm": timm.__version__, "torch": torch.__version__, "images": images}
     pair = None
     if images is not None:
         pair, _ = load_dataset(images, "val", holdout=2, image_size=256).batch(torch.arange(2))
@@ -148,7 +146,9 @@ def sweep(
     yield from (done[name] for name in names if name in done)
     todo = [name for name in names if name not in done]
     rows_file.parent.mkdir(parents=True, exist_ok=True)
-    with rows_file.open("a") as lines:
+    with rows_file.open("a+") as lines:
+        if lines.tell() and not rows_file.read_bytes().endswith(b"\n"):  # a sweep was stopped in the middle of a line
+            lines.write("\n")
         for row in _examine_all(todo, ghn, pair, workers):
             row["setting"] = setting
             lines.write(json.dumps(row) + "\n")
@@ -168,15 +168,6 @@ def _read(rows_file: Path) -> Iterator[Row]:
 
 def _in_order(row: Row) -> bool:
     return "error" not in row and row.get("output", "ok").startswith(("ok", "skipped"))
-
-
-def _fingerprint(ghn: GHN) -> str:
-    """A hash of all that a GHN's predictions depend on, wherever it was loaded from."""
-    config = dataclasses.replace(ghn.config, images=None)
-    digest = hashlib.sha256(json.dumps(config.to_dict()).encode())
-    for tensor in ghn.state_dict().values():
-        digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _examine_all(names: list[str], ghn: GHN, images: Tensor | None, workers: int) -> Iterator[Row]:

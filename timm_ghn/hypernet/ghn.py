@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -126,6 +127,14 @@ class GHN(
         with torch.device("meta"):
             return {name: tuple(tensor.shape) for name, tensor in cls(config).state_dict().items()}
 
+    def fingerprint(self) -> str:
+        """A hash of all that predictions depend on, wherever the GHN was loaded from; sha256 in hexadecimal digits."""
+        config = dataclasses.replace(self.config, images=None)
+        digest = hashlib.sha256(json.dumps(config.to_dict()).encode())
+        for tensor in self.state_dict().values():
+            digest.update(tensor.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
     def _save_pretrained(self, save_directory: Path) -> None:
         # Half the bytes of each of several GHNs; what is predicted is off by less than 0.1 % of its norm.
         dtype = torch.float16 if self.config.experts else torch.float32
@@ -136,7 +145,12 @@ class GHN(
         (save_directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, revision: str | None, **_: Any) -> GHN:
+    def _from_pretrained(cls, *, model_id: str, revision: str | None, **options: Any) -> GHN:
+        if asked := [name for name, value in options.items() if value and name != "config"]:
+            raise TypeError(
+                f"GHN.from_pretrained takes no {', '.join(asked)}: downloads go by huggingface_hub's settings, such as "
+                "HF_TOKEN, HF_HUB_CACHE and HF_HUB_OFFLINE, and a GHN is moved by its `to`."
+            )
         source = model_id if Path(model_id).exists() else f"hf-hub:{model_id}" + (f"@{revision}" if revision else "")
         return copy.deepcopy(cls.loader(source))  # the loader shares what it loaded
 
