@@ -121,6 +121,11 @@ def test_what_cannot_be_inspected() -> None:
         inspect(timm.create_model("test_resnet", features_only=True), images=images(64))
 
 
+def test_images_that_are_not_square() -> None:
+    found = inspect("vit_tiny_patch16_224", images=images(64)[..., :32])
+    assert found.output == "ok"
+
+
 def test_a_single_image() -> None:
     found = inspect("test_resnet", images=images(64, count=1))
     assert found.output == "ok" and all(math.isnan(layer.difference) for layer in found.activations)
@@ -133,3 +138,5 @@ def test_judgement() -> None:
     assert judge(good / 0) == "not finite"
     assert judge(torch.ones(2, 3)) == "constant over the classes"
     assert judge(good[:1].expand(2, 3)).startswith("almost the same")
+    assert judge(good[:, :1]) == "ok", "of a single output"
+    assert all(judge(torch.full((2, 1), value)).startswith("almost the same") for value in (0.0, 1.0))

@@ -45,6 +45,12 @@ def test_other_classes_are_measured_on_images_that_no_head_was_fitted_to(stripes
         rank(["test_resnet"], stripes, str(ghn_file), head="keep")
 
 
+def test_images_that_are_not_square(stripes: Batches, ghn_file: Path) -> None:
+    tall = [(images[..., :16], labels) for images, labels in stripes[:1]]
+    (row,) = rank("vit_tiny_patch16_224", tall, str(ghn_file), num_classes=10)
+    assert row.error is None and row.top1 is not None
+
+
 def test_limits_leave_out(stripes: Batches, ghn_file: Path) -> None:
     names = ["test_resnet", "test_vit", timm.create_model("resnet18", num_classes=10)]
     rows = rank(names, stripes[:1], str(ghn_file), max_params=10_000_000)

@@ -153,7 +153,7 @@ def inspect(
     elif size is None:
         network = timm.create_model(model, num_classes=loaded.config.num_classes)
     else:
-        network = create_model(model, loaded.config.num_classes, size[-1])
+        network = create_model(model, loaded.config.num_classes, size[-2:])
     prediction = Predictor(loaded, head, size).predict(network)
     before = {name: _scale(parameter) for name, parameter in network.named_parameters()}
     write(network, prediction)
@@ -379,12 +379,15 @@ def judge(outputs: Tensor) -> str:
         return "not finite"
     outputs = outputs.double()
     largest = outputs.abs().max().item()
-    outputs = outputs - outputs.mean(1, keepdim=True)
     variation = torch.linalg.vector_norm(outputs, dim=1)
-    if variation.min() <= 1e-6 * largest * outputs.shape[1] ** 0.5:
-        return "constant over the classes"
+    if outputs.shape[1] > 1:  # a single one has no others to differ from
+        outputs = outputs - outputs.mean(1, keepdim=True)
+        variation = torch.linalg.vector_norm(outputs, dim=1)
+        if variation.min() <= 1e-6 * largest * outputs.shape[1] ** 0.5:
+            return "constant over the classes"
     if len(outputs) > 1:
-        difference = float(torch.linalg.vector_norm(outputs[1:] - outputs[:1], dim=1).max() / variation.max())
+        apart = torch.linalg.vector_norm(outputs[1:] - outputs[:1], dim=1).max()
+        difference = float(apart / variation.max()) if largest else 0.0
         if difference < _LEAST_DIFFERENCE:
             return f"almost the same for all images, a difference of {difference:.2%}"
     return "ok" if largest < _LARGEST_OUTPUT else f"as large as {largest:.0e}"

@@ -201,7 +201,7 @@ def measured(
         started = time.perf_counter()
         with failures_noted(row):
             if isinstance(candidate, str):
-                build, device = partial(create_model, candidate, num_classes, size[-1]), device_of(ghn)
+                build, device = partial(create_model, candidate, num_classes, tuple(size[-2:])), device_of(ghn)
                 skeleton = on_meta(build)
             else:
                 build, device, skeleton = partial(copy.deepcopy, candidate), device_of(candidate), candidate
