@@ -14,9 +14,9 @@ catch-up    Whether random weights catch up in --steps steps of training: both s
             best (random_vs_ghn.py).
 dense       Segmentation with a predicted backbone (dense.py).
 
-In "sgd" and "ranking", SGD has momentum 0.9, batches of 64, a cosine schedule for each length, and a learning rate of its
-own: at each length up to 1/3 of an epoch three are tried, and further ones beyond the best as long as it is the lowest or
-the highest; longer runs have the one that is best at 1/3.
+In "sgd" and "ranking", SGD has momentum 0.9, batches of 64, a cosine schedule for each length, and a learning rate of
+its own: at each length up to 1/3 of an epoch three are tried, and further ones as long as the best is the lowest or the
+highest; longer runs have the one that is best at 1/3.
 Rates are chosen on other images than accuracies are reported on; norms take their statistics from training images
 before every measurement, whatever the weights. SGD computes in bfloat16 where the device is faster with it.
 

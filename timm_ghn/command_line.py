@@ -139,7 +139,9 @@ def add_data_arguments(parser: argparse.ArgumentParser, several: bool = False) -
         help="training images to hold out for validation (default: %(default)s)",
     )  # fmt: skip
     data.add_argument("--image-size", type=integer(1), help="bring all images to this size")
-    data.add_argument("--root", help="where torch/… and hfds/… keep their files; by default beside the Hub's cache")
+    data.add_argument(
+        "--root", help="where torch/… and hfds/… keep their files; by default in $HF_HOME/timm-ghn/datasets"
+    )
     data.add_argument("--download", action="store_true", help="let torch/… fetch what is missing")
 
 

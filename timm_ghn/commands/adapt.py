@@ -111,7 +111,7 @@ def save(
 
     config = save_classifier(model, args.output, CATALOG.tag_of(args.ghn), support.described())
     picture = args.output.with_name("confusion.png")
-    plot_confusion(confusion(model, test), support.names, picture)
+    drawn = plot_confusion(confusion(model, test), support.names, picture)
     name, file, classes, size = best.name, shlex.quote(str(args.output)), support.num_classes, support.image_size
     arguments, options = f"num_classes={classes}", f"--model {name} --num-classes {classes} --img-size {size}"
     if "img_size" in json.loads(config.read_text()).get("model_args", {}):  # it has a table of positions
@@ -123,9 +123,8 @@ def save(
         print_json({**result, "best": name, "output": args.output, "create": created})
         return
     console = Console()
-    console.print(
-        f"{name} is in {args.output}; what it confuses is in {picture}. Use it:", highlight=False, markup=False
-    )
+    confused = f"; what it confuses is in {picture}" if drawn else ""
+    console.print(f"{name} is in {args.output}{confused}. Use it:", highlight=False, markup=False)
     for line in (
         f"  {created}",
         f"  python inference.py {options} --checkpoint {file}",

@@ -34,8 +34,7 @@ _SHAPES = ("o", "^")
 
 def plot_histogram(results: Iterable[Measured], picture: Path) -> None:
     """Draws how the accuracies are distributed over the architectures, one histogram for each kind of weights."""
-    if importlib.util.find_spec("matplotlib") is None:
-        logger.warning('no histogram is drawn: pip install "timm-ghn[plot]"')
+    if not _can_draw("histogram"):
         return
     from matplotlib.figure import Figure
 
@@ -50,11 +49,14 @@ def plot_histogram(results: Iterable[Measured], picture: Path) -> None:
     _save(figure, picture, {})
 
 
-def plot_confusion(counts: Tensor, names: Sequence[str] | None, picture: Path) -> None:
-    """Draws `counts` [classes, classes] of images by their class (rows) and the answer they get (columns)."""
-    if importlib.util.find_spec("matplotlib") is None:
-        logger.warning('no confusion matrix is drawn: pip install "timm-ghn[plot]"')
-        return
+def plot_confusion(counts: Tensor, names: Sequence[str] | None, picture: Path) -> bool:
+    """Draws `counts` [classes, classes] of images by their class (rows) and the answer they get (columns).
+
+    Returns:
+        Whether there is anything to draw with.
+    """
+    if not _can_draw("confusion matrix"):
+        return False
     from matplotlib.figure import Figure
 
     classes = len(counts)
@@ -70,6 +72,7 @@ def plot_confusion(counts: Tensor, names: Sequence[str] | None, picture: Path) -
         axes.set_yticks(range(classes), ticks)
     axes.set(xlabel="answer", ylabel="class")
     _save(figure, picture, {})
+    return True
 
 
 def plot_ranking(ranking: Ranking, picture: Path) -> None:
@@ -142,6 +145,13 @@ def plot_embeddings(embeddings: Tensor, names: Sequence[str], families: Sequence
     )
     axes.set_title(f"{len(names)} networks as {ghn} sees them", loc="left", color=_INK, fontsize=11)
     _save(figure, picture, titles)
+
+
+def _can_draw(what: str) -> bool:
+    if importlib.util.find_spec("matplotlib") is not None:
+        return True
+    logger.warning('no %s is drawn: pip install "timm-ghn[plot]"', what)
+    return False
 
 
 def _figure(size: tuple[float, float]) -> tuple[Any, Any]:

@@ -1,4 +1,4 @@
-"""Graphs that were traced before, in files beside the Hub's cache.
+"""Graphs that were traced before, in files in ``$HF_HOME/timm-ghn/graphs``.
 
 A graph is looked up by its model's `fingerprint`, which covers the code that the model runs, by the input's size, and
 by the code that traces. Nothing depends on the cache: what is damaged, foreign or not writable is passed over.

@@ -5,8 +5,8 @@ Compiling takes a second or two, so it is for those who compute gradients, and f
 implementation computes: their results differ in the last digits. Without a C compiler, and in float64, `portable.py`
 computes.
 
-Libraries lie beside the Hub's cache. As they are executed, a folder that belongs to somebody else or that others can
-write to is not used; each process then compiles its own.
+Libraries lie in ``$HF_HOME/timm-ghn/kernels``. As they are executed, a folder that belongs to somebody else or that
+others can write to is not used; each process then compiles its own.
 """
 
 from __future__ import annotations
