@@ -367,12 +367,12 @@ def update(
 
 
 def few_shot(images: ImageDataset, shots: int | None, seed: int) -> ImageDataset:
-    """So many images of each class, drawn by the seed; all of them for None, in its order."""
+    """So many images of each class, drawn by the seed, mixed; all of them for None, in its order."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).to(images.labels.device)
-    if shots is not None:
-        labels = images.labels[order]
-        order = torch.cat([order[labels == label][:shots] for label in range(images.num_classes)])
-    return images.rows(order)
+    if shots is None:
+        return images.rows(order)
+    labels = images.labels[order]
+    return images.rows(torch.cat([order[labels == label][:shots] for label in range(images.num_classes)])).mixed()
 
 
 def held_out_rows(count: int, wanted: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -69,6 +69,20 @@ def test_the_first_images_are_of_every_class() -> None:
     assert mixed.first(None) is mixed and mixed.first(99) is mixed
 
 
+def test_images_in_order_of_their_classes_are_mixed() -> None:
+    labels = torch.arange(30) // 10
+    grouped = ImageDataset(torch.arange(30).view(30, 1, 1, 1).expand(30, 3, 8, 8).to(torch.uint8), labels, 3)
+    mixed = grouped.mixed()
+    assert all(len(part.unique()) == 3 for part in mixed.labels.split(10))
+    assert torch.equal(mixed.images[:, 0, 0, 0] // 10, mixed.labels) and len(mixed.images[:, 0, 0, 0].unique()) == 30
+    assert torch.equal(grouped.mixed().labels, mixed.labels) and mixed.mixed() is mixed
+
+
+def test_a_quarter_is_held_out_of_few_images(tmp_path: Path) -> None:
+    source = write(tmp_path / "data.parquet", [encode(row) for row in range(10)], [3, 0, 1, 2] * 2 + [0, 1])
+    assert [len(load_dataset(source, split)) for split in ("train", "val")] == [8, 2]
+
+
 def test_named_classes(tmp_path: Path) -> None:
     source = write(tmp_path / "data.parquet", [encode(1)] * 3, [0, 1, 1], names=7)
     assert load_dataset(source, "all").num_classes == 7
@@ -165,11 +179,20 @@ def test_refusals(tmp_path: Path) -> None:
         (write(tmp_path / "blank.parquet", [good, None], [0, 1]), {}, "Row 1 .* no image bytes"),
         (write(tmp_path / "cut.parquet", [good, good[:90]], [0, 1]), {}, "row 1 .* cannot be decoded"),
         (write(tmp_path / "cut2.parquet", [encode(1, (64, 64), "JPEG")[:900]], [0]), {}, "row 0 .* cannot be decoded"),
-        (write(tmp_path / "sizes.parquet", [good, encode(1, (9, 9))], [0, 1]), {}, "is 9x9, .* give image_size"),
+        (
+            write(tmp_path / "sizes.parquet", [good, encode(1, (9, 9))], [0, 1]),
+            {},
+            "9x9, the first one 8x8; give an image size",
+        ),
+        (write(tmp_path / "tall.parquet", [encode(1, (8, 9))], [0]), {}, "row 0 .* is 8x9, not square; give an image"),
         (write(tmp_path / "null.parquet", [good] * 2, [0, None]), {}, "must hold an integer in every row"),
         (write(tmp_path / "column.parquet", [good], [0], "picture"), {}, "has the columns picture, label"),
         (write(tmp_path / "test.parquet", [good], [0]), {"split": "test"}, "without a test split"),
-        (write(tmp_path / "few.parquet", [good] * 2, [1, 0]), {"split": "val"}, "5000 images cannot be held out"),
+        (
+            write(tmp_path / "few.parquet", [good] * 2, [1, 0]),
+            {"split": "val", "holdout": 2},
+            "2 of the images in .*few",
+        ),
         ("torch/cifar10", {"root": str(tmp_path)}, "timm cannot open torch/cifar10"),
         ("torch/cifar10", {"split": "training"}, "Unknown split 'training'"),
     ]

@@ -135,10 +135,10 @@ def add_data_arguments(parser: argparse.ArgumentParser, several: bool = False) -
         help="parquet file, image folder, torch/NAME or hfds/REPO; with #20-29 behind it, only these classes",
     )  # fmt: skip
     data.add_argument(
-        "--holdout", type=integer(1), default=5000,
-        help="training images to hold out for validation (default: %(default)s)",
+        "--holdout", type=integer(1),
+        help="training images to hold out for validation (default: 5,000, but at most a quarter)",
     )  # fmt: skip
-    data.add_argument("--image-size", type=integer(1), help="bring all images to this size")
+    data.add_argument("--image-size", type=integer(1), help="bring all images to this size, a square")
     data.add_argument(
         "--root", help="where torch/… and hfds/… keep their files; by default in $HF_HOME/timm-ghn/datasets"
     )
@@ -163,7 +163,8 @@ def add_measuring_arguments(parser: argparse.ArgumentParser, support: int | None
 def load_images(args: argparse.Namespace) -> tuple[ImageDataset, ImageDataset]:
     """The images that statistics and heads come from, and those that are measured on."""
     support, test = (load_data(args, split) for split in ("train", "val"))
-    return support.first(args.support).to(args.device), test.first(args.images).to(args.device)
+    support = support.first(args.support).mixed()  # batches of one class would give norms statistics of their own
+    return support.to(args.device), test.first(args.images).to(args.device)
 
 
 def load_data(args: argparse.Namespace, split: str, source: str | None = None) -> ImageDataset:

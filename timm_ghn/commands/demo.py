@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_ghn_argument(parser)
     parser.add_argument(
         "--data", metavar="FILE",
-        help="more images: the last 5,000 of a parquet file in the schema of the Hub's uoft-cs/cifar10",
+        help="more images: 1,000 that are held out of a parquet file in the schema of the Hub's uoft-cs/cifar10",
     )  # fmt: skip
     parser.add_argument(
         "-o", "--output", type=output_file(".png"), default="demo.png", metavar="FILE",

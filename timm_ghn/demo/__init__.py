@@ -66,7 +66,8 @@ def time_creation(tag: str, ghn: GHN) -> None:
 
 def classify(images: ImageDataset, ghn: GHN) -> tuple[dict[str, Tensor], ImageDataset]:
     """The classes that predicted networks see in every other image, and these images."""
-    rows = torch.arange(min(len(images), _MOST_IMAGES))
+    images = images.first(_MOST_IMAGES)
+    rows = torch.arange(len(images))
     calibration, test = ([images.batch(part) for part in half.split(_BATCH)] for half in (rows[::2], rows[1::2]))
     labels = images.labels[rows[1::2]]
     table = Table("architecture", "right", "of", "top-1", title="Held-out images of CIFAR-10")

@@ -26,6 +26,7 @@ from timm_ghn.errors import GHNError
 from timm_ghn.hypernet import GHNConfig, Images
 
 _CROP_PADDING = 4
+_HOLDOUT = 5_000
 
 # Labels, what gives the encoded (or, from torchvision, decoded) image of a row, and the classes' names if known.
 _Rows = tuple[np.ndarray[Any, Any], Callable[[int], Any], "tuple[str, ...] | None"]
@@ -118,6 +119,13 @@ class ImageDataset:
             rows = rows * len(self) // count
         return self.rows(rows)
 
+    def mixed(self) -> ImageDataset:
+        """In an order that has all classes in each part, the same each time; as it is where rows are in no order."""
+        if not bool((self.labels[1:] >= self.labels[:-1]).all()):
+            return self
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
+        return self.rows(order.to(self.labels.device))
+
     def draw(self, batch_size: int, generator: torch.Generator) -> Tensor:
         """Rows drawn with replacement, on the data set's device; `generator` alone decides which."""
         rows = torch.randint(len(self), (batch_size,), generator=generator, device=generator.device)
@@ -173,7 +181,7 @@ def load_dataset(
     source: str,
     split: str = "train",
     *,
-    holdout: int = 5_000,
+    holdout: int | None = None,
     image_size: int | None = None,
     root: str | None = None,
     download: bool = False,
@@ -187,7 +195,7 @@ def load_dataset(
         split: "train" (the source's training images without the held-out ones), "val" (the held-out ones), "all"
             (both), or "test" (the source's own test images; a parquet file has none).
         holdout: How many training images to hold out: the last rows, or evenly spaced ones where rows are grouped by
-            class.
+            class. If None, 5,000, but at most a quarter.
         image_size: Scale the shorter side to this and cut out the centre. Needed if images differ in size.
         root: Where "torch/…" and "hfds/…" keep their files; if None, `default_root` or the Hub's own cache.
         download: Let "torch/…" fetch what is missing.
@@ -234,13 +242,16 @@ def load_dataset(
     )
 
 
-def _rows_of(split: str, labels: np.ndarray[Any, Any], holdout: int, source: str) -> np.ndarray[Any, Any]:
+def _rows_of(split: str, labels: np.ndarray[Any, Any], holdout: int | None, source: str) -> np.ndarray[Any, Any]:
     rows = np.arange(len(labels))
     if split in ("all", "test"):
         return rows
+    if holdout is None:
+        holdout = min(_HOLDOUT, max(1, len(labels) // 4))
     if not 0 < holdout < len(labels):
         raise DatasetError(
-            f"{holdout} images cannot be held out of the {len(labels)} in {source}; choose 1 to {len(labels) - 1}."
+            f"{holdout} of the images in {source} cannot be held out: there are {len(labels)}; choose fewer, or a "
+            "larger data set."
         )
     by_class = bool(np.all(labels[1:] >= labels[:-1]))
     held = np.arange(holdout) * len(labels) // holdout if by_class else rows[-holdout:]
@@ -350,9 +361,10 @@ def _decode(encoded: Callable[[int], Any], rows: np.ndarray[Any, Any], image_siz
         if place == 0:
             images = torch.empty(len(rows), 3, image.height, image.width, dtype=torch.uint8)
         if image.width != image.height or image.width != images.shape[-1]:
+            why = "not square" if image.width != image.height else f"the first one {images.shape[3]}x{images.shape[2]}"
             raise DatasetError(
-                f"The image in row {row} of {source} is {image.width}x{image.height}, the first one "
-                f"{images.shape[3]}x{images.shape[2]}; give image_size to bring all to one square size."
+                f"The image in row {row} of {source} is {image.width}x{image.height}, {why}; give an image size, to "
+                "which all are brought."
             )
         images[place] = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     return images
