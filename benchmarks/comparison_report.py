@@ -182,11 +182,12 @@ def markdown(section: Row) -> str:
 
 
 def plus_minus(value: tuple[float, float]) -> str:
-    return f"{value[0]:.1f}±{value[1]:.1f}"
+    """Without an error where that is of a single value."""
+    return f"{value[0]:.1f} ± {value[1]:.1f}" if value[1] else f"{value[0]:.1f}"
 
 
 def signed(value: tuple[float, float]) -> str:
-    return f"{value[0]:+.1f}±{value[1]:.1f}"
+    return f"{value[0]:+.1f} ± {value[1]:.1f}"
 
 
 def verdicts(section: Row) -> list[str]:

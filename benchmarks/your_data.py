@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from graph_layer import machine
 from matplotlib.figure import Figure
-from random_vs_ghn import arranged, few_shot, hash_of, update
+from random_vs_ghn import MODELS, arranged, few_shot, hash_of, update
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -52,10 +52,6 @@ from timm_ghn.evaluation.accuracy import accuracy, create_model
 from timm_ghn.evaluation.adaptation import HEADS
 from timm_ghn.training.data import Batches, ImageDataset, load_dataset
 
-MODELS = (
-    "resnet10t", "regnetx_002", "dla46_c", "mobilenetv3_small_050", "edgenext_xx_small", "convnext_atto",
-    "mobilevit_xxs", "vit_tiny_patch16_224",
-)  # fmt: skip
 PREDICTED = ("predicted", "told", "mistold")
 STARTS = (*PREDICTED, "random", "sgd", "pretrained")
 BATCH = 32

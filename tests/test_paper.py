@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from timm_ghn import demo
@@ -45,6 +46,18 @@ def test_every_section_is_measured_once(
     assert [len(cells) for _, cells in report["others"]] == [2, 5, 2]
     for name in ("paper.md", "paper.html", "paper.png", "paper.svg", "paper_ranking.png", "paper_ranking.svg"):
         assert (tmp_path / name).stat().st_size > 0
+
+
+def test_what_a_regression_says_of_networks_it_has_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import paper_report
+
+    generator = np.random.default_rng(0)
+    features = generator.normal(size=(24, 3))
+    tau, error = paper_report.held_out_tau(features, features @ [1.0, -2.0, 0.5])
+    assert tau > 0.9 and error < 0.1
+    tau, error = paper_report.held_out_tau(features, generator.normal(size=24))
+    assert abs(tau) < 2 * error < 1
 
 
 @pytest.mark.parametrize(
