@@ -143,8 +143,8 @@ def measure(run: Run) -> Row:
 
     Returns:
         Accuracies in percent on the images that rates are chosen on ("tuning"), on others ("test") and on these with
-        noise ("noisy"); "seconds" of training or prediction; and, of a prediction, "step_seconds" of SGD beside it,
-        "parameters", "macs" (of an image), "ms" (of a batch, on one thread), "nodes" of its graph and its "embedding".
+        noise ("noisy"); and, of a prediction, "seconds", "step_seconds" of SGD beside it, "parameters", "macs" (of an
+        image), "ms" (of a batch, on one thread), "nodes" of its graph and its "embedding".
     """
     source, ghn, device = _worker
     train, held_out = source.load(device)
@@ -157,9 +157,8 @@ def measure(run: Run) -> Row:
         return model.to(device), prediction
 
     if run.steps:
-        started = time.perf_counter()
         model = _trained(arranged(make(), torch.device(device)), run, train)
-        row: Row = {"seconds": time.perf_counter() - started}
+        row: Row = {}
     else:
         model, prediction = predicted()
         row = _side_by_side(predicted, arranged(make(), torch.device(device)), train)

@@ -87,7 +87,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add_json_argument(parser)
 
-    config = parser.add_argument_group("config")
+    config = parser.add_argument_group(
+        "config", "fields of timm_ghn.training.config.TrainConfig; those that are not given are the preset's"
+    )
     config.add_argument("--preset", choices=("ghn2", "ghn3", "published"), help="recipe; ghn2 if not given")
     config.add_argument("--config", type=Path, metavar="JSON", help="fields of TrainConfig that differ from the preset")
     config.add_argument(
@@ -106,32 +108,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     config.add_argument(
         "--conditioned", action=argparse.BooleanOptionalAction, help="tell the GHN of the task that it predicts for"
     )
-    config.add_argument("--seed", type=integer(0))
+    config.add_argument("--seed", type=integer(0), help="decides first weights, architectures and images")
     config.add_argument("--meta-batch", type=integer(1), help="architectures a step, over all processes")
     config.add_argument("--batch-size", type=integer(1), help="images for each of them")
-    config.add_argument("--optimizer", choices=("soap", "adamw", "adam"))
-    config.add_argument("--lr", type=positive)
+    config.add_argument("--optimizer", choices=("soap", "adamw", "adam"), help="soap takes the fewest steps")
+    config.add_argument("--lr", type=positive, help="peak learning rate")
     config.add_argument(
         "--schedule", choices=("cosine", "steps", "constant", "linear"),
         help="of the learning rate; constant for an open end",
     )  # fmt: skip
     config.add_argument("--network-clip", type=positive, help="limit for the norm of each network's gradient")
     config.add_argument("--eval-every", type=integer(1), help="steps between validations and checkpoints")
-    config.add_argument("--val-architectures", type=integer(1))
-    config.add_argument("--val-images", type=integer(1))
+    config.add_argument("--val-architectures", type=integer(1), help="unseen networks to validate on")
+    config.add_argument("--val-images", type=integer(1), help="held-out images to validate on")
     config.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="by default where the device has it")
-    config.add_argument("--hypernet", choices=("gatedgnn", "graphormer", "mlp"))
-    config.add_argument("--decoder", choices=("conv", "lowrank", "mlp"))
-    config.add_argument("--hid", type=integer(1))
-    config.add_argument("--layers", type=integer(1))
-    config.add_argument("--heads", type=integer(1))
+    config.add_argument(
+        "--hypernet",
+        choices=("gatedgnn", "graphormer", "mlp"),
+        help="what reads the graph: that of GHN-2, GHN-3 or none",
+    )
+    config.add_argument(
+        "--decoder",
+        choices=("conv", "lowrank", "mlp"),
+        help="what makes weights of states: that of GHN-2, of LoGAH, or an MLP",
+    )
+    config.add_argument("--hid", type=integer(1), help="width of a node's state")
+    config.add_argument("--layers", type=integer(1), help="of the hypernet")
+    config.add_argument("--heads", type=integer(1), help="of a graphormer's attention")
     config.add_argument("--rank", type=integer(1), help="of a low-rank decoder's matrices")
     config.add_argument(
         "--split-attention",
         action=argparse.BooleanOptionalAction,
         help="predict queries, keys and values each by itself",
     )
-    config.add_argument("--max-shape", type=_kernel, metavar="OUT,IN,H,W")
+    config.add_argument(
+        "--max-shape", type=_kernel, metavar="OUT,IN,H,W", help="of a kernel as it is decoded; larger ones are tiled"
+    )
 
 
 def _share(text: str) -> dict[str, Any]:

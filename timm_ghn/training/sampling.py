@@ -95,7 +95,7 @@ class Family:
     Attributes:
         name: What `Architecture.family` says.
         tier: Difficulty for a hypernetwork, from 0 (plain and residual) to 2 (attention and token mixing); 3 for
-            kinds that joined later: the zoo's other ways to attend, and to normalise.
+            kinds that joined later.
         sample: Draws a configuration of plain numbers, strings, lists and dicts.
         build: (config, num_classes, in_chans, image_size) to a fresh module.
         cost: (config, num_classes, in_chans, image_size) to its `Cost`, without building anything. None where it is
