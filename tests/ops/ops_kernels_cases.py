@@ -78,6 +78,15 @@ def test_same_input_same_bits() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+def test_what_is_not_finite_stays_so() -> None:
+    edges, sizes = batch([chain(4), chain(4)])
+    topology = Topology.from_edges(edges, sizes).to(DEVICE)
+    h = states(8, 8, torch.float32).detach().to(DEVICE)
+    h[1, 0] = torch.nan
+    out, _ = kernels.forward(h, topology, Weights(*(w.detach().to(DEVICE) for w in layer_weights(8, 4, h.dtype))))
+    assert out[:4].isnan().any(1).all() and out[4:].isfinite().all()
+
+
 def test_empty_batch() -> None:
     out, by_h, *_ = run(kernels, EDGELESS[0], [], 4, 2, torch.float32)
     assert out.shape == by_h.shape == (0, 4)

@@ -198,6 +198,23 @@ def test_autocast_computes_in_float32() -> None:
     assert h.grad is not None and h.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("of_states", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("of_weights", [torch.float32, torch.bfloat16, torch.float64])
+def test_autocast_of_types_that_differ(of_states: torch.dtype, of_weights: torch.dtype) -> None:
+    edges, sizes = batch([several_sinks()])
+    topology = Topology.from_edges(edges, sizes)
+    h = states(sum(sizes), 8).detach().to(of_states).requires_grad_()
+    weights = [w.detach().to(of_weights).requires_grad_() for w in layer_weights(8)]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = gated_gnn(h, topology, *weights)
+    dtype = torch.float64 if of_states == torch.float64 else torch.float32
+    expected = gated_gnn(h.to(dtype), topology, *(w.to(dtype) for w in weights))
+    assert out.dtype == dtype and torch.equal(out, expected)
+    gradients = torch.autograd.grad(out.square().sum(), [h, *weights])
+    for found, plain in zip(gradients, torch.autograd.grad(expected.square().sum(), [h, *weights]), strict=True):
+        assert torch.equal(found, plain)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda_agrees_with_cpu() -> None:
     edges, sizes = batch([golden_graph("torchvision-resnet50"), golden_graph("torchvision-densenet121"), chain(5)])

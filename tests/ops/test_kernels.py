@@ -33,8 +33,9 @@ def test_interpreted_or_on_the_gpu() -> None:
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
 
 
+@pytest.mark.parametrize("resident", [True, False])
 @pytest.mark.parametrize("direction", ["_forward", "_backward"])
-def test_compiles_for_a_gpu(direction: str) -> None:
+def test_compiles_for_a_gpu(direction: str, resident: bool) -> None:
     """The interpreter accepts code that the compiler does not, and the compiler needs no GPU."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
@@ -43,7 +44,7 @@ def test_compiles_for_a_gpu(direction: str) -> None:
     from timm_ghn.ops import kernels
 
     kernel = getattr(kernels, direction)
-    constants = {"D": 32, "H": 32, "E": 64, "RESIDENT": True}
+    constants = {"D": 32, "H": 32, "E": 64, "RESIDENT": resident}
     types = dict.fromkeys(kernel.arg_names, "*fp32") | dict.fromkeys(kernels._TOPOLOGY, "*i64")
     types |= {"d": "i32", "hidden_width": "i32"} | dict.fromkeys(constants, "constexpr")
     compiled = triton.compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", 80, 32))

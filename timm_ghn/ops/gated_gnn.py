@@ -36,7 +36,7 @@ def gated_gnn(
 ) -> Tensor:
     """One round of message passing, forward then backward over every graph of the batch.
 
-    Computes in float32 or float64; under autocast, in float32. Has a first derivative, not a second.
+    Computes in float32 or float64; under autocast, what is narrower in float32. Has a first derivative, not a second.
 
     Args:
         h: [N, d] states of all nodes of the batch, graph after graph.
@@ -69,6 +69,9 @@ def gated_gnn(
         mlp0_w, mlp0_b, mlp2_w, mlp2_b, ve0_w, ve0_b, ve2_w, ve2_b, gru_w_ih, gru_w_hh, gru_b_ih, gru_b_hh
     )
     _check(h, topology, weights)
+    if torch.is_autocast_enabled(h.device.type):  # not within the op, whose backward pass needs what it computed with
+        dtype = torch.promote_types(h.dtype, torch.float32)
+        h, weights = h.to(dtype), Weights(*(w.to(dtype) for w in weights))
     # A compiler wants the op itself, and torch.func the autograd function around it.
     op = torch.ops.timm_ghn.gated_gnn if torch.compiler.is_compiling() else _Traversal.apply
     differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (h, *weights))
@@ -202,9 +205,6 @@ def _differentiate(
 
 
 _forward_op.register_autograd(_differentiate, setup_context=_setup_context)
-for _device in ("cpu", "cuda"):
-    _forward_op.register_autocast(_device, torch.float32)
-    _backward_op.register_autocast(_device, torch.float32)
 
 
 class _Traversal(torch.autograd.Function):

@@ -95,6 +95,11 @@ def _matrix(base, row_stride, rows, row_bound, column_stride, columns, column_bo
     )
 
 
+@triton.jit
+def _relu(x):
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def _gather(index, distance, first, last, shift, table, d, columns, E: tl.constexpr, D: tl.constexpr):
     """Sum of the table's rows that a list names (their numbers shifted right), each divided by its distance."""
@@ -182,10 +187,10 @@ def _forward(
                 state = n + z * (h - n)
                 if not RESIDENT:
                     w_0 = _matrix(w0, 1, c, d, d, k, hidden_width)
-                hidden = tl.maximum(tl.sum(w_0 * state[:, None], 0) + b_0, 0.0)
+                hidden = _relu(tl.sum(w_0 * state[:, None], 0) + b_0)
                 if not RESIDENT:
                     w_2 = _matrix(w2, hidden_width, s, 2 * d, 1, k, hidden_width)
-                out = tl.maximum(tl.sum(w_2 * hidden[None, :], 1) + b_2, 0.0)
+                out = _relu(tl.sum(w_2 * hidden[None, :], 1) + b_2)
                 tl.store(sent + 2 * p * d + s, out, mask=in_s)
                 tl.store(states + p * d + c, state, mask=in_d)
                 tl.store(message + p * d + c, m, mask=in_d)

@@ -50,7 +50,9 @@ def wanted(differentiated: bool) -> bool:
 
 def can_compute(h: Tensor, weights: Weights) -> bool:
     """Whether there is a library for tensors like these, which is compiled if need be."""
-    return h.dtype == torch.float32 and _library(h.shape[1], len(weights.mlp0_w)) is not None
+    return (
+        all(x.dtype == torch.float32 for x in (h, *weights)) and _library(h.shape[1], len(weights.mlp0_w)) is not None
+    )
 
 
 def forward(h: Tensor, topology: Topology, weights: Weights) -> tuple[Tensor, Tensor]:
