@@ -90,6 +90,20 @@ def test_it_learns() -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.parametrize("name", sorted(DECODERS))
+def test_a_prediction_under_autocast_can_be_differentiated(name: str) -> None:
+    ghn = new_ghn(GHNConfig(10, (16, 16, 3, 3), 8, decoder=name), seed=0)
+    graph = trace(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 8, 3)), (3, 8, 8))
+
+    def gradient(bf16: bool) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            (tiles,) = ghn([graph])
+        loss = sum(tile.float().square().sum() for tile in tiles.values())
+        return torch.autograd.grad(loss, ghn.shape_enc.embed_channel.weight)[0]
+
+    assert torch.nn.functional.cosine_similarity(gradient(True).flatten(), gradient(False).flatten(), 0) > 0.99
+
+
 def test_classes_must_fit() -> None:
     with pytest.raises(ValueError, match="must be as wide as the widest layer, of which num_classes=1000 is one"):
         dataclasses.replace(CONFIG, num_classes=1000)

@@ -53,6 +53,7 @@ class _SlicedLinear(torch.autograd.Function):
         of_weight, of_bias = torch.zeros_like(weight), weight.new_zeros(weight.shape[:-1])
         of_xs = []
         for x, gradient, part in zip(xs, gradients, ctx.slices, strict=True):
+            x, gradient = x.to(weight.dtype), gradient.to(weight.dtype)  # which autocast makes another one
             of_xs.append(gradient @ weight[part].flatten(0, -2))
             target = of_weight[part]
             if target.is_contiguous():
