@@ -251,12 +251,14 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
     assert (joined(two, "ghn/{}") - joined(one, "ghn/{}")).norm() < 0.05 * moved.norm()
 
 
+@pytest.mark.parametrize("head", ["predicted", "ridge"])
 def test_networks_without_a_finite_gradient_are_left_out_counted_and_in_the_end_fatal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    head: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = Task.output
     bad_steps = {1, 2}
-    run = trainer(tmp_path, dataclasses.replace(CONFIG, steps=10, max_skipped=4))
+    ghn = dataclasses.replace(CONFIG.ghn, predicts_head=head == "predicted")
+    run = trainer(tmp_path, dataclasses.replace(CONFIG, steps=10, max_skipped=4, head=head, ways=(2,), ghn=ghn))
     monkeypatch.setattr(Task, "output", lambda *args: output(*args) * (torch.nan if run.step in bad_steps else 1.0))
     run.run(until=4)
     assert run.skipped == [1, 1, 2, 2] and run.step == 4

@@ -43,7 +43,8 @@ def ridge_logits(features: Tensor, labels: Tensor, asked: Tensor) -> Tensor:
 
 def _chosen(products: Tensor, wanted: Tensor, priors: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The ridge by the squared error of what is left out, and the sharpness by its cross-entropy."""
-    values, vectors = torch.linalg.eigh(products)
+    # It would raise for what is not finite; that network is left out by its gradient.
+    values, vectors = torch.linalg.eigh(products.nan_to_num(0.0, 0.0, 0.0))
     ridges = _RIDGES.to(products)[:, None]
     shrunk = values.clamp(min=0) / (values.clamp(min=0) + ridges)  # [ridges, n]
     fitted = torch.einsum("in,rn,nc->ric", vectors, shrunk, vectors.T @ wanted)
