@@ -59,6 +59,8 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "dropout": lambda x, w, v: F.dropout(x, 0.5, training=False),
     "in place": lambda x, w, v: in_place(x * 1, v["scale"]),
     "in place, of a whole": lambda x, w, v: unfold(x).mul(2).add_(x * v["scale"]),
+    "mean of all": lambda x, w, v: x.mean(()) + x.mean(),
+    "permuted vector": lambda x, w, v: v["channels"].permute(0),
     "casts": lambda x, w, v: x.float().contiguous().to(torch.float64).clone(),
 }  # fmt: skip
 
@@ -111,6 +113,21 @@ def test_copies_that_meet_the_same_weights_are_added_up() -> None:
     folded = F.conv2d(fold(x, (2, 16, 5, 5)), fold(w, (12, 16, 3, 3)))
     assert isinstance(folded, Folded) and folded.part.shape == (2, 4, 3, 3)
     torch.testing.assert_close(unfold(folded), F.conv2d(tile(x, (2, 16, 5, 5)), tile(w, (12, 16, 3, 3))))
+
+
+@pytest.mark.parametrize("part", [(4, 4, 3, 3), (8, 8, 3, 3), (4, 1, 2, 2), (1, 1, 1, 1)])
+def test_kernels_made_of_copies_in_space(part: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((2, 4, 6, 6), part))
+    whole, groups = (8, 8 if part[1] > 1 or part[0] == 1 else 1, 5, 5), 1 if part[1] > 1 or part[0] == 1 else 8
+    y = F.conv2d(fold(x, (2, 8, 6, 6)), fold(w, whole), None, 1, 2, 1, groups)
+    torch.testing.assert_close(unfold(y), F.conv2d(tile(x, (2, 8, 6, 6)), tile(w, whole), None, 1, 2, 1, groups))
+
+
+def test_a_tensor_keeps_its_type_when_it_is_changed_in_place() -> None:
+    x = fold(torch.randn(2, 4), (2, 8)).bfloat16()
+    x += fold(torch.randn(2, 4), (2, 8))
+    assert x.dtype == unfold(x).dtype == torch.bfloat16
 
 
 def test_folded_tensors_tell_of_the_whole() -> None:

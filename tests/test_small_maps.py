@@ -67,6 +67,18 @@ def test_they_are_the_convolutions(name: str, side: int, folded: bool) -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_kernels_made_of_copies_in_space() -> None:
+    convolution = nn.Conv2d(6, 6, 5, padding=2, bias=False).double()
+    plain = nn.Conv2d(6, 6, 5, padding=2, bias=False).double()
+    simplify_small_maps(convolution)
+    x, part = torch.randn(2, 6, 1, 1, dtype=torch.float64), torch.randn(6, 6, 2, 2, dtype=torch.float64)
+    y, expected = (
+        torch.func.functional_call(module, {"weight": make(part, (6, 6, 5, 5))}, (x,))
+        for module, make in ((convolution, fold), (plain, tile))
+    )
+    torch.testing.assert_close(unfold(y), expected)
+
+
 def test_what_is_folded_stays_so() -> None:
     for options in ({"kernel_size": 1}, {"kernel_size": 5, "padding": 2, "groups": 6}):
         convolution = nn.Conv2d(6, 6, **options)  # type: ignore[arg-type]

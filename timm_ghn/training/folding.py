@@ -6,7 +6,8 @@ of tiles of 64, computes each number eight times. Here it is computed once. A `F
 the whole is made of copies, and the functions that networks consist of work on that part. It is exact, and its
 derivatives are: a sum over eight equal terms becomes a product with eight.
 
-What a function does not know how to do on a part, it does on the whole.
+What a function does not know how to do on a part, it does on the whole. What changes a tensor in place changes that
+tensor, not other views of it.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Folded(Tensor):
             if func is Tensor.__setitem__:
                 result = args[0]
         if isinstance(changed, Folded):
-            changed.part = _part(result)
+            changed.part = _part(result).to(changed.dtype)
             return changed
         return result
 
@@ -136,7 +137,8 @@ def _conv2d(
     func: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None = None, stride: Any = 1,
     padding: Any = 0, dilation: Any = 1, groups: int = 1,
 ) -> Any:  # fmt: skip
-    if any(dim != 1 for dim in folded_dims(x)) or not _bias_fits(bias, weight):
+    positions = [dim for dim in folded_dims(x) if dim != 1] + [dim for dim in folded_dims(weight) if dim > 1]
+    if positions or not _bias_fits(bias, weight):
         return NotImplemented
     channels = weight.shape[0]
     if groups == 1:
@@ -277,7 +279,7 @@ def _pad(func: Callable[..., Tensor], x: Folded, pad: Size, *args: Any, **kwargs
 
 
 def _mean(func: Callable[..., Tensor], x: Folded, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
-    if dim is None:
+    if dim is None or dim == () or dim == []:
         return NotImplemented
     dims, shape = _reduction(x, dim, keepdim)
     part = x.part
@@ -324,7 +326,7 @@ def _flatten(func: Callable[..., Tensor], x: Folded, start_dim: int = 0, end_dim
 
 
 def _permute(func: Callable[..., Tensor], x: Folded, *dims: Any) -> Any:
-    order = dims[0] if len(dims) == 1 else dims
+    order = dims if isinstance(dims[0], int) else dims[0]
     return fold(x.part.permute(order), [x.shape[d] for d in order])
 
 

@@ -61,15 +61,15 @@ class Schedule:
 
     Preparing an architecture takes about as long as training on it, so each is used several times. A lane's
     architectures are numbered by their first use: every `uses` steps one is new, and the others of these steps were new
-    `spacing`, 2 · `spacing`, … rounds ago. Workers therefore have the same amount to do at any time, and an
-    architecture returns when the GHN has seen `spacing` others in its lane.
+    n, 2 · n, … rounds ago, where n is `spacing` and the lane's number. Workers therefore have the same amount to do at
+    any time, and an architecture returns when the GHN has seen n others in its lane.
 
     Attributes:
         shares: The mixture to draw from.
         seed: Where in the sequence of a million training architectures to start.
         lanes: Size of the meta-batch.
         uses: How often an architecture is used.
-        spacing: Rounds of `uses` steps between two uses.
+        spacing: Rounds of `uses` steps between two uses in the first lane.
     """
 
     shares: tuple[Share, ...]

@@ -61,7 +61,7 @@ def _tap(weight: Tensor, row: int, column: int) -> Tensor:
     if not isinstance(weight, Folded):
         return weight[:, :, row, column]
     part = weight.part
-    return fold(part[:, :, min(row, part.shape[2] - 1), min(column, part.shape[3] - 1)], weight.shape[:2])
+    return fold(part[:, :, row % part.shape[2], column % part.shape[3]], weight.shape[:2])
 
 
 def _subsampled(x: Tensor, stride: Pair) -> Tensor:
