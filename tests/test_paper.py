@@ -48,18 +48,6 @@ def test_every_section_is_measured_once(
         assert (tmp_path / name).stat().st_size > 0
 
 
-def test_what_a_regression_says_of_networks_it_has_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import paper_report
-
-    generator = np.random.default_rng(0)
-    features = generator.normal(size=(24, 3))
-    tau, error = paper_report.held_out_tau(features, features @ [1.0, -2.0, 0.5])
-    assert tau > 0.9 and error < 0.1
-    tau, error = paper_report.held_out_tau(features, generator.normal(size=24))
-    assert abs(tau) < 2 * error < 1
-
-
 @pytest.mark.parametrize(
     ("accuracies", "steps"),
     [({10: 20.0, 100: 40.0}, 10.0), ({10: 15.0, 100: 19.0}, None), ({10: 30.0, 100: 40.0}, 2.3166)],
@@ -89,12 +77,13 @@ def test_networks_that_are_trained_for_longer_do_not_move_the_quartiles(monkeypa
     assert paper_report.against_sgd([row(_10=20.0, _100=50.0)], {"classes": 10})["times"] == [pytest.approx(20)] * 3
 
 
-def test_held_out_tau_of_an_order_and_of_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_regression_says_of_networks_it_has_not_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import numpy as np
     import paper_report
 
     generator = np.random.default_rng(0)
     features = generator.normal(size=(40, 3))
-    assert paper_report.held_out_tau(features, features @ [1, 2, 3])[0] > 0.95
-    assert abs(paper_report.held_out_tau(features, generator.normal(size=40))[0]) < 0.2
+    tau, error = paper_report.held_out_tau(features, features @ [1, 2, 3])
+    assert tau > 0.95 and error < 0.05
+    tau, error = paper_report.held_out_tau(features, generator.normal(size=40))
+    assert abs(tau) < 2 * error < 0.6

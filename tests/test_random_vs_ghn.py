@@ -65,7 +65,7 @@ def test_one_command_makes_the_whole_report(arguments: list[str], report: dict[s
     folder = Path(arguments[-1])
     page = (folder / "random_vs_ghn.html").read_text()
     assert page.count("<svg") == 5 and "<script" not in page and "http-equiv" not in page
-    shown = "{:.1f}±{:.1f}".format(*summary["conditioned"]["accuracy"]["4"])
+    shown = "{:.1f} ± {:.1f}".format(*summary["conditioned"]["accuracy"]["4"])
     assert shown in page and shown in (folder / "random_vs_ghn.md").read_text()
     for name in sections:
         stem = folder / ("random_vs_ghn" if name == "full" else f"random_vs_ghn_{name}")

@@ -124,7 +124,7 @@ def save(
         return
     console = Console()
     confused = f"; what it confuses is in {picture}" if drawn else ""
-    console.print(f"{name} is in {args.output}{confused}. Use it:", highlight=False, markup=False)
+    console.print(f"{name} is in {args.output}{confused}. Use it:", highlight=False, markup=False, soft_wrap=True)
     for line in (
         f"  {created}",
         f"  python inference.py {options} --checkpoint {file}",

@@ -31,4 +31,6 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print_json({"output": directory})
     else:
-        Console().print(f"converted to {directory}: load it by this path", highlight=False, markup=False)
+        Console().print(
+            f"converted to {directory}: load it by this path", highlight=False, markup=False, soft_wrap=True
+        )

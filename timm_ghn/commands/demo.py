@@ -59,4 +59,5 @@ def run(args: argparse.Namespace) -> None:
     caption = f"Held-out images of CIFAR-10, and what networks see in them whose weights were predicted by {args.ghn}"
     with whole_file(args.output) as part:
         draw(test.images[drawn], test.labels[drawn], shown, caption).save(part, "PNG")
-    console.print(f"\n{len(drawn)} of the images and what each network sees in them: {args.output}", highlight=False)
+    told = f"\n{len(drawn)} of the images and what each network sees in them: {args.output}"
+    console.print(told, highlight=False, markup=False, soft_wrap=True)  # which breaks no path

@@ -85,4 +85,4 @@ def run(args: argparse.Namespace) -> None:
     for name, reason in failed.items():
         console.print(f"{name} is left out: {reason}", highlight=False, markup=False)
     shape = " x ".join(map(str, embeddings.shape))
-    console.print(f"{shape} embeddings by {args.ghn} in {args.output}", highlight=False, markup=False)
+    console.print(f"{shape} embeddings by {args.ghn} in {args.output}", highlight=False, markup=False, soft_wrap=True)

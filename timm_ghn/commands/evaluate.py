@@ -181,7 +181,7 @@ def _report(args: argparse.Namespace, setting: dict[str, str], results: list[Mea
         print_json(everything)
     else:
         print_table(table)
-        Console().print(f"written to {args.output}", highlight=False, markup=False)
+        Console().print(f"written to {args.output}", highlight=False, markup=False, soft_wrap=True)
     if "predicted" not in summaries:
         first = results[0]
         raise GHNError(f"None of {len(results)} networks could be measured; the first, {first.name}: {first.error}")

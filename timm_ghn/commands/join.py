@@ -61,4 +61,4 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print_json({"output": args.output, "experts": joined.config.experts})
     else:
-        Console().print(f"joined in {args.output}: load it by this path", highlight=False, markup=False)
+        Console().print(f"joined in {args.output}: load it by this path", highlight=False, markup=False, soft_wrap=True)
