@@ -26,7 +26,7 @@ def test_every_section_is_measured_once(
     monkeypatch.setattr(paper, "GROUPS", {"real": [small], "deepnets test": ["deepnets:test:4"]})
     monkeypatch.setattr(paper, "RATES", (0.01, 0.1))
     monkeypatch.setattr(paper, "FIRST_RATES", slice(0, 1))
-    monkeypatch.setattr(paper, "LONG_NETWORKS", 0)
+    monkeypatch.setattr(paper, "LONG_NETWORKS", {})
     monkeypatch.setattr(paper, "FINETUNE", 2)
     monkeypatch.setattr("dense.main", lambda _: [["model"], [small]])  # has a test of its own
     arguments = [
