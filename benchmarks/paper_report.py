@@ -305,8 +305,8 @@ def notes(result: Row) -> list[str]:
         f"checkpoint: {result['checkpoint']['ghn']}, sha256 {result['checkpoint']['sha256']}",
         f"top-1 in percent on {result['command']['images']} held-out images, mean ± standard error over networks; an "
         f"epoch is {result['epoch']} steps; each length of SGD has its own cosine schedule and learning rate: the best "
-        "of three, or of more where that is the lowest or the highest; beyond 1/3 of an epoch, of the best at the length "
-        "before and those within three points of it",
+        "of three, or of more where that is the lowest or the highest; beyond 1/3 of an epoch, of the best at the "
+        "length before and those within three points of it",
         "ahead of each: on how many networks predicted weights are at least as good, for each length; steps to reach "
         "it, and how many times as long as the prediction they take: median and quartiles over networks; seconds are "
         "medians of a prediction and of a step, in turns",
