@@ -101,6 +101,16 @@ def test_a_sweep_goes_on_with_rows_of_its_own_setting(tmp_path: Path, ghn_file: 
     assert rows() == 6
 
 
+def test_a_sweep_that_was_stopped_in_the_middle_of_a_line(tmp_path: Path, ghn_file: Path) -> None:
+    file = tmp_path / "zoo.jsonl"
+    sweep(tmp_path, ghn_file)
+    file.write_text(file.read_text()[:-20])
+    sweep(tmp_path, ghn_file)
+    assert len(file.read_text().splitlines()) == 3, "what was cut, and that row again on a line of its own"
+    sweep(tmp_path, ghn_file)
+    assert len(file.read_text().splitlines()) == 3
+
+
 def test_a_wrong_output_is_named(ghn: GHN, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     blank = GHN(ghn.config)
